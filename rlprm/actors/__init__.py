@@ -1,0 +1,1 @@
+"""Ray actors, thin: unpack, call an engine, pack. No maths here."""

@@ -1,0 +1,209 @@
+"""The judge: decodes rollouts, asks the verifier, splits steps, and lays accepted groups out in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from rlprm.actors.group import answer, redirect_output
+from rlprm.batch import Batch, Row, balance, jagged
+from rlprm.errors import ConfigError, VerifierError
+from rlprm.records import JaggedShard
+from rlprm.roles import Rollout, Verified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedGroup:
+    """All responses to one prompt with their verdicts, and the step of each response token."""
+
+    verified: tuple[Verified, ...]
+    steps: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What the driver keeps of a judged group: a row per response, and where the tokens are."""
+
+    index: int  # position of its prompt among the prompts that were asked
+    keep: bool
+    rows: tuple[Row, ...]
+    reference: Any
+
+
+class Judge:
+    """The work of one judge process; no Ray, so it can be used and tested alone."""
+
+    def __init__(self, *, tokenizer: Any, pool: Any, splitter: Callable[[Sequence[str]], list[int]], keep: Any) -> None:
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._splitter = splitter
+        self._keep = keep
+
+    def judge(self, rollouts: Sequence[Rollout]) -> JudgedGroup:
+        """Verdicts of one group; verifier processes work on its responses at the same time."""
+        texts = [self._tokenizer.decode(list(rollout.tokens), skip_special_tokens=True) for rollout in rollouts]
+        futures = [
+            self._pool.submit(rollout.prompt.gold, text, rollout.prompt.text)
+            for rollout, text in zip(rollouts, texts, strict=True)
+        ]
+        verified = tuple(
+            Verified(rollout=rollout, text=text, verdict=future.result())
+            for rollout, text, future in zip(rollouts, texts, futures, strict=True)
+        )
+        steps = tuple(tuple(self._splitter(self._pieces(rollout.tokens))) for rollout in rollouts)
+        return JudgedGroup(verified=verified, steps=steps)
+
+    def keeps(self, group: JudgedGroup) -> bool:
+        return bool(self._keep(group.verified))
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        return [self._tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+@ray.remote
+class JudgeActor:
+    """A process of the role `judge`."""
+
+    def __init__(self, factory: Callable[[], Judge], log_file: str) -> None:
+        redirect_output(log_file)
+        self._judge = factory()
+
+    def ready(self) -> bool:
+        return True
+
+    def judge(self, index: int, rollouts: list[Rollout]) -> tuple[JudgedGroup, tuple[int, bool, tuple[Row, ...]]]:
+        group = self._judge.judge(rollouts)
+        return group, (index, self._judge.keeps(group), rows_of(group))
+
+    def collate(self, references: list[Any], plan: list[tuple[int, bool, bool, tuple[int, ...]]]) -> JaggedShard:
+        groups = ray.get(references)
+        return lay_out(groups, plan)
+
+    def close(self) -> None:
+        self._judge.close()
+
+
+def rows_of(group: JudgedGroup) -> tuple[Row, ...]:
+    """The driver's row for each response; group number and flags are set when the group is accepted."""
+    return tuple(
+        Row(
+            group=0,
+            prompt_id=item.rollout.prompt.id,
+            source=item.rollout.prompt.source,
+            sample=item.rollout.sample,
+            outcome=item.verdict.outcome,
+            reason=item.verdict.reason,
+            finish=item.rollout.finish,
+            prompt_length=len(item.rollout.prompt.tokens),
+            response_length=len(item.rollout.tokens),
+            num_steps=1 + max(steps, default=-1),
+            version=item.rollout.version,
+            fresh=False,
+            train=False,
+        )
+        for item, steps in zip(group.verified, group.steps, strict=True)
+    )
+
+
+def lay_out(groups: Sequence[JudgedGroup], plan: Sequence[tuple[int, bool, bool, tuple[int, ...]]]) -> JaggedShard:
+    """One shard from whole groups; ``plan`` gives group number, fresh, train and row numbers of each."""
+    items = [item for group in groups for item in group.verified]
+    repeated = [(number, fresh, train) for number, fresh, train, rows in plan for _ in rows]
+    return jagged(
+        items,
+        [steps for group in groups for steps in group.steps],
+        groups=[number for number, _, _ in repeated],
+        rows=[row for _, _, _, rows in plan for row in rows],
+        fresh=[fresh for _, fresh, _ in repeated],
+        train=[train for _, _, train in repeated],
+    )
+
+
+class Judges:
+    """Driver's side of the judge: verdicts in prompt order, and batches."""
+
+    def __init__(
+        self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, examples: int, timeout_s: float
+    ) -> None:
+        self._actors = tuple(actors)
+        self._num_shards = num_shards
+        self._max_error_fraction = max_error_fraction
+        self._examples = examples
+        self._timeout_s = timeout_s
+
+    def judge(self, finished: Iterator[tuple[int, Any]]) -> tuple[Group, ...]:
+        """Judge groups while others are still being sampled; the answer is in prompt order, not in finish order."""
+        pending = []
+        for count, (index, rollouts) in enumerate(finished):
+            actor = self._actors[count % len(self._actors)]
+            pending.append(actor.judge.options(num_returns=2).remote(index, rollouts))
+        summaries = answer([summary for _, summary in pending], what="judge", timeout_s=self._timeout_s)
+        groups = [
+            Group(index=index, keep=keep, rows=rows, reference=reference)
+            for (reference, _), (index, keep, rows) in zip(pending, summaries, strict=True)
+        ]
+        return tuple(sorted(groups, key=lambda group: group.index))
+
+    def batch(self, step: int, rounds: Sequence[Sequence[Group]], *, wanted: int) -> Batch:
+        """The step's batch: accepted groups in prompt order, and the first round's others for measuring the PRM.
+
+        Raises:
+            VerifierError: more verdicts are absent than ``max_error_fraction`` allows.
+            ConfigError: the step splitter found no step in any response.
+        """
+        everything = [group for groups in rounds for group in groups]
+        accepted = [group for group in everything if group.keep][:wanted]
+        first = {id(group) for group in rounds[0]}
+        used = accepted + [group for group in rounds[0] if not any(group is other for other in accepted)]
+        rows: list[Row] = []
+        plans = []
+        for number, group in enumerate(used):
+            fresh, train = id(group) in first, number < len(accepted)
+            numbers = tuple(range(len(rows), len(rows) + len(group.rows)))
+            rows += [replace(row, group=number, fresh=fresh, train=train) for row in group.rows]
+            plans.append((number, fresh, train, numbers))
+        counts = self._counts(everything, accepted, len(rounds))
+        sizes = [sum(row.prompt_length + row.response_length for row in group.rows) for group in used]
+        shards = balance(sizes, self._num_shards)
+        references = [
+            self._actors[index % len(self._actors)].collate.remote(
+                [used[group].reference for group in shard], [plans[group] for group in shard]
+            )
+            for index, shard in enumerate(shards)
+        ]
+        return Batch(
+            step=step,
+            rows=tuple(rows),
+            shards=tuple(references),
+            members=tuple(tuple(row for group in shard for row in plans[group][3]) for shard in shards),
+            selected=tuple(row.train for row in rows),
+            counts=counts,
+            examples=tuple(group.reference for group in accepted[: self._examples]),
+        )
+
+    def _counts(self, everything: Sequence[Group], accepted: Sequence[Group], rounds: int) -> dict[str, float]:
+        rows = [row for group in everything for row in group.rows]
+        absent = [row for row in rows if row.outcome is None]
+        if len(absent) > self._max_error_fraction * len(rows):
+            raise VerifierError(
+                f"{len(absent)} of {len(rows)} responses got no verdict (first reason: {absent[0].reason}); "
+                f"at most a fraction {self._max_error_fraction} may (verifier.max_error_fraction)"
+            )
+        if rows and all(row.num_steps == 0 for row in rows):
+            raise ConfigError("every response is empty: the policy stops at once; check the template and the model")
+        kept = sum(group.keep for group in everything)
+        return {
+            "keep/rounds": float(rounds),
+            "keep/prompts_sampled": float(len(everything)),
+            "keep/prompts_kept": float(len(accepted)),
+            "keep/prompts_surplus": float(kept - len(accepted)),
+            "keep/rollouts_sampled": float(len(rows)),
+            "verifier/absent": float(len(absent)),
+            "verifier/timeouts": float(sum("timeout" in row.reason for row in absent)),
+        }

@@ -1,0 +1,178 @@
+"""One learner process: a rank of the policy, or of the PRM and the reference."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from rlprm.actors.group import redirect_output
+from rlprm.engine.distributed import join, leave
+from rlprm.records import JaggedShard, cat
+
+
+def free_port() -> int:
+    """A port that is free now, asked of the operating system."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@ray.remote
+class Worker:
+    """Hosts the roles that were built on it; each method unpacks shards, calls one role, and packs the answer."""
+
+    def __init__(self, log_file: str) -> None:
+        redirect_output(log_file)
+        self._policy: Any = None
+        self._reference: Any = None
+        self._sources: dict[str, Any] = {}
+
+    def rendezvous(self) -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), free_port()
+
+    def join(self, rank: int, world_size: int, host: str, port: int, device: str, timeout_s: float) -> None:
+        join(rank, world_size, host, port, device=device, timeout_s=timeout_s)
+
+    def build_policy(self, factory: Callable[[], Any]) -> int:
+        self._policy = factory()
+        return self._policy.version
+
+    def build_reference(self, factory: Callable[[], Any]) -> None:
+        self._reference = factory()
+
+    def build_source(self, name: str, factory: Callable[[], Any]) -> None:
+        self._sources[name] = factory()
+
+    def policy_logprobs(self, shards: list[Any]) -> Any:
+        return self._per_shard(shards, "old_log_prob", self._policy.logprobs)
+
+    def reference_logprobs(self, shards: list[Any]) -> Any:
+        return self._per_shard(shards, "ref", self._reference.logprobs)
+
+    def score(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> Any:
+        """Each shard's stream, and this rank's measurements."""
+        parts, joined = joined_shards(shards)
+        begin = time.perf_counter()
+        stream, measured = self._sources[name].score(joined, joined_tokens(old), joined_tokens(ref))
+        measured["timing_s/prm_score"] = time.perf_counter() - begin
+        streams = [
+            {"rewards": rewards, "present": present}
+            for rewards, present in zip(split(stream["rewards"], parts), split(stream["present"], parts), strict=True)
+        ]
+        return [*streams, measured] if streams else measured
+
+    def learn_source(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> dict[str, float]:
+        _, joined = joined_shards(shards)
+        begin = time.perf_counter()
+        metrics = self._sources[name].learn(joined, joined_tokens(old), joined_tokens(ref))
+        return {**metrics, "timing_s/update_prm": time.perf_counter() - begin}
+
+    def credit(
+        self,
+        shards: list[Any],
+        selected: list[Tensor],
+        old: list[Any],
+        ref: list[Any],
+        streams: dict[str, list[Any]],
+        trust: dict[str, float],
+    ) -> Any:
+        """Each shard's advantages (with value targets where there is a critic), metrics, and rows for reading."""
+        parts, joined = joined_shards(shards)
+        fetched = {name: ray.get(references) for name, references in streams.items()}
+        joined_streams = {
+            name: {field: torch.cat([part[field] for part in values]) for field in ("rewards", "present")}
+            for name, values in fetched.items()
+        }
+        begin = time.perf_counter()
+        credit, metrics, readable = self._policy.credit(
+            joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), joined_streams, trust
+        )
+        metrics["timing_s/adv"] = time.perf_counter() - begin
+        per_field = {field: split(flat, parts) for field, flat in credit.items()}
+        values = [{field: flats[index] for field, flats in per_field.items()} for index in range(len(parts))]
+        return [*values, (metrics, readable)] if values else (metrics, readable)
+
+    def learn_policy(
+        self,
+        shards: list[Any],
+        selected: list[Tensor],
+        old: list[Any],
+        ref: list[Any],
+        credit: list[Any],
+        num_groups: int,
+    ) -> dict[str, float]:
+        _, joined = joined_shards(shards)
+        values = ray.get(credit)
+        fields = {field: torch.cat([value[field] for value in values]) for field in values[0]}
+        begin = time.perf_counter()
+        metrics = self._policy.learn(
+            joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), fields, num_groups
+        )
+        return {**metrics, "timing_s/update_actor": time.perf_counter() - begin}
+
+    def version(self) -> int:
+        return self._policy.version
+
+    def manifest(self) -> Any:
+        return self._policy.manifest()
+
+    def put_weights(self, bucket_bytes: int) -> tuple[list[Any], str]:
+        """References to buckets in the object store and their digest; all ranks call, rank 0 has the data."""
+        digest, references = self._policy.pack(bucket_bytes, ray.put)
+        return references, digest
+
+    def join_transfer(self, host: str, port: int, rank: int, world_size: int, backend: str) -> None:
+        self._policy.join_transfer(host, port, rank, world_size, backend)
+
+    def send_weights(self, bucket_bytes: int) -> str:
+        return self._policy.send(bucket_bytes)
+
+    def save(self, folder: str) -> None:
+        for role in self._savable():
+            role.save(f"{folder}/{role.name}")
+
+    def load(self, folder: str) -> None:
+        for role in self._savable():
+            role.load(f"{folder}/{role.name}")
+
+    def export(self, folder: str) -> list[str]:
+        return [role.export(f"{folder}/{role.name}") for role in self._savable() if role.exportable]
+
+    def close(self) -> None:
+        for role in self._savable():
+            role.close()
+        leave()
+
+    def _savable(self) -> list[Any]:
+        roles = ([self._policy] if self._policy is not None else []) + list(self._sources.values())
+        return [role for role in roles if role.stateful]
+
+    def _per_shard(self, shards: list[Any], stage: str, compute: Callable[[JaggedShard], Tensor]) -> Any:
+        parts, joined = joined_shards(shards)
+        begin = time.perf_counter()
+        flat = compute(joined)
+        summary = {f"timing_s/{stage}": time.perf_counter() - begin}
+        values = split(flat, parts)
+        return [*values, summary] if values else summary
+
+
+def joined_shards(references: list[Any]) -> tuple[list[JaggedShard], JaggedShard]:
+    """The rank's shards, and all of them as one."""
+    parts = ray.get(references)
+    return parts, cat(parts)
+
+
+def joined_tokens(references: list[Any]) -> Tensor:
+    """Flat per-token values of the rank's shards, end to end."""
+    return torch.cat([torch.as_tensor(part) for part in ray.get(references)])
+
+
+def split(flat: Tensor, parts: list[JaggedShard]) -> list[Tensor]:
+    """Cut flat per-token values back into the rank's shards; clones, so that each travels alone."""
+    return [piece.clone() for piece in torch.split(flat, [len(part.tokens) for part in parts])]

@@ -1,0 +1,335 @@
+"""What the values in ``conf/`` mean: frozen sections with types, bounds, units and cross-field checks.
+
+Values live in ``conf/``; no field here has a default, so a key that is missing in YAML is an error and a key that is
+not listed here is one too. A dotted ``_target_`` is checked against the signature of what it names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlprm.errors import ConfigError
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """The function or class that a dotted path names.
+
+    >>> locate("rlprm.batch.balance").__name__
+    'balance'
+
+    Raises:
+        ConfigError: the module or the name does not exist.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_ {target!r} cannot be imported ({error}); expected package.module.name") from error
+    if not callable(found):
+        raise ConfigError(f"_target_ {target!r} is a {type(found).__name__}; expected a function or class")
+    return found
+
+
+def _check_part(part: dict[str, Any]) -> dict[str, Any]:
+    """Arguments from YAML are keyword-only in the callable; what the program passes is positional."""
+    if "_target_" not in part:
+        raise ValueError(f"has no _target_ (keys: {', '.join(part) or 'none'}); expected the dotted path of a callable")
+    callable_ = locate(part["_target_"])
+    given = {key for key in part if not key.startswith("_")}
+    parameters = inspect.signature(callable_).parameters.values()
+    known = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    required = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty}
+    for key in sorted(given - known):
+        near = difflib.get_close_matches(key, sorted(known), n=1)
+        hint = f"; nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"{part['_target_']} takes no argument {key!r} (takes: {', '.join(sorted(known))}){hint}")
+    if required - given:
+        raise ValueError(f"{part['_target_']} needs {', '.join(sorted(required - given))}; add it to the YAML")
+    return part
+
+
+Part = Annotated[dict[str, Any], AfterValidator(_check_part)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(Section):
+    path: Annotated[str, Field(min_length=1)]
+    dtype: Literal["float32", "bfloat16"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    gradient_checkpointing: bool
+
+
+class Source(Section):
+    reader: Part  # () -> rows {question, gold}
+    weight: Positive  # share of prompts drawn from this source
+
+
+class Data(Section):
+    train: Annotated[dict[str, Source], Field(min_length=1)]
+    evaluation: dict[str, Part]  # name -> reader
+    template: Part
+    max_prompt_tokens: Count
+
+
+class VerifierSection(Section):
+    function: Part
+    workers: Count  # processes
+    timeout_s: Positive  # wall clock per verdict
+    memory_mb: Count  # address space per process
+    max_error_fraction: Annotated[float, Field(ge=0, le=1)]  # more absent verdicts in a step end the run
+
+
+class KeepSection(Section):
+    rule: Part
+    max_rounds: Count
+    min_prompts: Count
+
+
+class RolloutSection(Section):
+    engine: Part
+
+
+class PolicyLoss(Section):
+    surrogate: Part
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"
+    ]
+    horizon: Count | None  # tokens
+    kl_weight: NonNegative
+    kl_kind: Literal["k2", "k3", "straight_through"]
+    entropy_weight: NonNegative
+
+    @model_validator(mode="after")
+    def _horizon_belongs_to_its_mode(self) -> PolicyLoss:
+        if (self.aggregation == "seq-mean-token-sum-norm") != (self.horizon is not None):
+            raise ValueError(
+                f"horizon is {self.horizon} with aggregation {self.aggregation}; "
+                "it is needed by seq-mean-token-sum-norm and by no other mode"
+            )
+        return self
+
+
+class Mismatch(Section):
+    mode: Literal["none", "truncate", "band", "sequence_truncate"]
+    cap: Positive | None
+    low: Positive | None
+
+    @model_validator(mode="after")
+    def _bounds_belong_to_the_mode(self) -> Mismatch:
+        if (self.mode != "none") != (self.cap is not None) or (self.mode == "band") != (self.low is not None):
+            raise ValueError(f"mode {self.mode} with cap {self.cap} and low {self.low}: none takes neither, band both")
+        return self
+
+
+class LearnerSection(Section):
+    lr: Positive
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+    eps: Positive
+    weight_decay: NonNegative
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Annotated[int, Field(ge=0)]  # optimizer steps
+    max_grad_norm: Positive
+    epochs: Count
+    mini_batches: Count
+    token_budget: Count  # tokens per forward pass
+    layout: Literal["padded", "packed"]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload: Literal["none", "cpu"]
+
+
+class Critic(Section):
+    model: str
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Annotated[float, Field(ge=0, le=1)]
+    clip: Positive | None
+    learner: LearnerSection
+
+
+class ProcessSource(Section):
+    kind: Part  # the source's class and its own arguments
+    model: str | None  # folder of the PRM; null where the source has no model
+    learner: LearnerSection | None
+
+
+class StreamSection(Section):
+    source: ProcessSource | None  # null for the built-in streams `outcome` and `kl`
+    merge: Part
+    normalizer: Part
+    estimator: Part
+    weight: float
+    gate: Part
+
+
+class Placement(Section):
+    device: Literal["cpu", "cuda"]
+    policy_ranks: Count
+    prm_ranks: Count
+    engines: Count
+    tensor_parallel: Count
+    gpus_per_rank: NonNegative
+    gpus_per_engine: NonNegative
+    threads: Count
+    weight_transport: Literal["object_store", "gloo", "nccl"]
+    weight_bucket_bytes: Count
+    object_store_bytes: Count | None
+    ray_address: str | None
+    start_timeout_s: Positive
+    stage_timeout_s: Positive
+    collective_timeout_s: Positive
+
+    @model_validator(mode="after")
+    def _devices_agree(self) -> Placement:
+        on_gpu = self.device == "cuda"
+        if on_gpu != (self.gpus_per_rank > 0) or on_gpu != (self.gpus_per_engine > 0):
+            raise ValueError(
+                f"device {self.device} with gpus_per_rank {self.gpus_per_rank} and gpus_per_engine "
+                f"{self.gpus_per_engine}; expected 0 on cpu and more than 0 on cuda"
+            )
+        if self.weight_transport == "nccl" and not on_gpu:
+            raise ValueError("weight_transport nccl needs device cuda; use object_store or gloo on cpu")
+        return self
+
+
+class Tracker(Section):
+    tensorboard: bool
+    wandb: bool
+    project: str
+    group: str | None
+    tags: list[str]
+    rollout_groups: Annotated[int, Field(ge=0)]
+
+
+class Evaluation(Section):
+    every: Annotated[int, Field(ge=0)]  # steps
+    limit: Count | None  # prompts
+    samples: Annotated[int, Field(ge=0)]
+    temperature: Positive
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)]  # steps
+    keep_last: Count
+
+
+class TrainConfig(Section):
+    """The whole configuration of ``rlprm train``."""
+
+    name: Annotated[str, Field(min_length=1)]
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)]
+    steps: Count
+    prompts_per_step: Count
+    responses_per_prompt: Count
+    temperature: Positive
+    max_response_tokens: Count
+    resume: Literal["auto", "never"]
+    model: Model
+    data: Data
+    verifier: VerifierSection
+    splitter: Part
+    keep: KeepSection
+    select: Part
+    rollout: RolloutSection
+    streams: Annotated[dict[str, StreamSection], Field(min_length=1)]
+    whiten: Literal["none", "scale", "full"]
+    policy_loss: PolicyLoss
+    mismatch: Mismatch
+    policy: LearnerSection
+    critic: Critic | None
+    placement: Placement
+    tracker: Tracker
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> TrainConfig:
+        from rlprm.checks import check_train
+
+        check_train(self)
+        return self
+
+
+class EvaluateConfig(Section):
+    """The whole configuration of ``rlprm evaluate``."""
+
+    output: str | None  # JSON file for the results; null: print only
+    seed: Annotated[int, Field(ge=0)]
+    temperatures: Annotated[list[NonNegative], Field(min_length=1)]  # 0: greedy
+    samples: Count  # responses per prompt at temperatures above 0
+    limit: Count | None
+    max_response_tokens: Count
+    model: Model
+    data: Data
+    verifier: VerifierSection
+    splitter: Part
+    rollout: RolloutSection
+    placement: Placement
+
+
+class SftConfig(Section):
+    """The whole configuration of ``rlprm sft``."""
+
+    output: str  # Hugging Face folder to write
+    seed: Annotated[int, Field(ge=0)]
+    steps: Count  # optimizer steps
+    batch_size: Count  # examples per optimizer step
+    examples: Part  # indexable (prompt, response) texts
+    initial: Part | None  # makes the initial model folder; null: model.path exists
+    model: Model
+    learner: LearnerSection
+    placement: Placement
+
+
+def validated(schema: type[Section], values: Mapping[str, Any]) -> Any:
+    """``values`` as a frozen ``schema``; every mistake is named by its key, with the nearest right one.
+
+    Raises:
+        ConfigError: unknown, missing or contradictory keys, wrong types, values out of bounds.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(schema, item) for item in error.errors())) from None
+
+
+def _sentence(schema: type[Section], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), _names(schema), n=1)
+        return f"{key}: unknown key" + (f"; nearest is {near[0]!r}" if near else "; remove it")
+    if item["type"] == "missing":
+        return f"{key}: missing; expected a value in conf/ or as {key}=... on the command line"
+    found = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else type(item["input"]).__name__
+    if item["type"] == "value_error":
+        return f"{key}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{key}: found {found!r}; {item['msg']}"
+
+
+def _names(schema: type[BaseModel]) -> list[str]:
+    """All field names of a schema and the sections below it."""
+    names: set[str] = set()
+    pending: list[Any] = [schema]
+    seen: set[Any] = set()
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+            seen.add(annotation)
+            names |= set(annotation.model_fields)
+            pending += [field.annotation for field in annotation.model_fields.values()]
+        pending += getattr(annotation, "__args__", ())
+    return sorted(names)

@@ -1,0 +1,1 @@
+"""Pure maths on tensors: no Ray, no DeepSpeed, no vLLM, no transformers, no Hydra."""

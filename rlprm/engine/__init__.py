@@ -1,0 +1,1 @@
+"""Third-party engines behind the project's roles; nothing here knows Ray."""

@@ -1,0 +1,1 @@
+"""Putting a run together and keeping it alive: build, checkpoint, tracker, clock, progress."""
