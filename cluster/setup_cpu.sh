@@ -67,7 +67,7 @@ if [ "$(installed)" != "$torch" ]; then
     say "installing $torch"
     if ! pip install --quiet --no-deps --timeout 5 --retries 0 "$torch" >>"$log" 2>&1; then
         say "pip's configured sources have no $torch; asking $torch_wheels"
-        pip install --quiet --no-deps --timeout 5 --retries 1 --index-url "$torch_wheels" "$torch" >>"$log" 2>&1 || {
+        pip install --quiet --no-deps --timeout 10 --retries 2 --index-url "$torch_wheels" "$torch" >>"$log" 2>&1 || {
             tail -n 5 "$log" >&2
             fail "found $torch neither in pip's configured sources nor at $torch_wheels; make that address reachable, or put the wheel in a folder and set PIP_FIND_LINKS to it"
         }

@@ -50,6 +50,12 @@ def attention(lengths: Int[Tensor, " B"]) -> Tensor:
     return torch.arange(longest)[None, :] < lengths[:, None]
 
 
+def flat_response_mask(jagged: JaggedShard) -> Tensor:
+    """True on response tokens, flat: ``[N]``."""
+    position = torch.arange(int(jagged.lengths.max()) if len(jagged) else 0)[None, :]
+    return (position >= jagged.prompt_lengths[:, None])[attention(jagged.lengths)]
+
+
 def pad(jagged: JaggedShard) -> Shard:
     """The padded view that the maths of one shard works on; masks are made here and nowhere else."""
     present = attention(jagged.lengths)

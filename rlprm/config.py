@@ -41,20 +41,27 @@ def locate(target: str) -> Callable[..., Any]:
 
 
 def _check_part(part: dict[str, Any]) -> dict[str, Any]:
-    """Arguments from YAML are keyword-only in the callable; what the program passes is positional."""
+    """With ``_partial_: true`` YAML gives the keyword-only arguments and the program the positional ones later.
+
+    Without it YAML gives all arguments. Nested parts are checked alike.
+    """
     if "_target_" not in part:
         raise ValueError(f"has no _target_ (keys: {', '.join(part) or 'none'}); expected the dotted path of a callable")
-    callable_ = locate(part["_target_"])
+    kinds = inspect.Parameter
+    from_yaml = {kinds.KEYWORD_ONLY} if part.get("_partial_") else {kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD}
+    parameters = [p for p in inspect.signature(locate(part["_target_"])).parameters.values() if p.kind in from_yaml]
     given = {key for key in part if not key.startswith("_")}
-    parameters = inspect.signature(callable_).parameters.values()
-    known = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    required = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty}
-    for key in sorted(given - known):
-        near = difflib.get_close_matches(key, sorted(known), n=1)
+    known = sorted(p.name for p in parameters)
+    missing = sorted({p.name for p in parameters if p.default is p.empty} - given)
+    for key in sorted(given - set(known)):
+        near = difflib.get_close_matches(key, known, n=1)
         hint = f"; nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{part['_target_']} takes no argument {key!r} (takes: {', '.join(sorted(known))}){hint}")
-    if required - given:
-        raise ValueError(f"{part['_target_']} needs {', '.join(sorted(required - given))}; add it to the YAML")
+        raise ValueError(f"{part['_target_']} takes no argument {key!r} (takes: {', '.join(known) or 'none'}){hint}")
+    if missing:
+        raise ValueError(f"{part['_target_']} needs {', '.join(missing)}; add it to the YAML")
+    for value in part.values():
+        if isinstance(value, dict) and "_target_" in value:
+            _check_part(value)
     return part
 
 

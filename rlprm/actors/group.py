@@ -45,7 +45,14 @@ def answer(references: Any, *, what: str, timeout_s: float, logs: str = "") -> A
             raise WorkerLost(f"{what}: a process it depends on is gone ({cause}){hint}") from error
         raise WorkerLost(f"{what} failed: {type(cause).__name__}: {cause}{hint}") from error
     except RayActorError as error:
-        raise WorkerLost(f"{what}: its process died or cannot be reached ({error}){hint}") from error
+        raise WorkerLost(f"{what}: {_death(error)}{hint}") from error
+
+
+def _death(error: RayActorError) -> str:
+    """Why an actor is gone, without Ray's traceback: the last line says it."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    started = any("creation task" in line for line in lines)
+    return f"{'it could not start' if started else 'its process died or cannot be reached'}: {lines[-1].strip()}"
 
 
 class WorkerGroup:

@@ -10,6 +10,7 @@ import ray
 
 from rlprm.actors.group import answer, redirect_output
 from rlprm.batch import Batch, Row, balance, jagged
+from rlprm.core.steps import step_indices
 from rlprm.errors import ConfigError, VerifierError
 from rlprm.records import JaggedShard
 from rlprm.roles import Rollout, Verified
@@ -53,7 +54,7 @@ class Judge:
             Verified(rollout=rollout, text=text, verdict=future.result())
             for rollout, text, future in zip(rollouts, texts, futures, strict=True)
         )
-        steps = tuple(tuple(self._splitter(self._pieces(rollout.tokens))) for rollout in rollouts)
+        steps = tuple(tuple(step_indices(self._pieces(rollout.tokens), self._splitter)) for rollout in rollouts)
         return JudgedGroup(verified=verified, steps=steps)
 
     def keeps(self, group: JudgedGroup) -> bool:

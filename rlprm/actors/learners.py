@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 
 from rlprm.actors.group import WorkerGroup
 from rlprm.batch import Batch
-from rlprm.core.trust import TrustState, trusted
+from rlprm.core.gates import TrustState
+from rlprm.engine.combine import global_numbers
 from rlprm.sources.measure import quality
 
 
@@ -33,17 +34,31 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Work that was named and not waited for; `result` gives its metrics (ranks agree, so rank 0 speaks)."""
+    """Work that was named and not waited for."""
 
     group: WorkerGroup | None
     summaries: tuple[Any, ...]
     what: str
-    values: tuple[Any, ...] = ()
 
-    def result(self) -> Any:
+    def result(self) -> dict[str, float]:
+        """Wait, and merge what the ranks measured."""
         if self.group is None:
             return {}
-        return self.group.get(list(self.summaries), self.what)[0]
+        return global_numbers(self.group.get(list(self.summaries), self.what))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingCredit:
+    """Advantages by reference (a dictionary of flat fields per shard), with metrics and rows for reading to come."""
+
+    group: WorkerGroup
+    shards: tuple[Any, ...]
+    summaries: tuple[Any, ...]
+
+    def result(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Wait; metrics over all ranks, and the first rank's readable rollouts."""
+        answers = self.group.get(list(self.summaries), "credit")
+        return global_numbers([measured for measured, _ in answers]), answers[0][1]
 
 
 class Policy:
@@ -52,11 +67,15 @@ class Policy:
     def __init__(self, group: WorkerGroup) -> None:
         self.group = group
 
+    def version(self) -> int:
+        """Optimizer steps the policy has taken."""
+        return self.group.get(self.group.all(lambda worker: worker.version), "version")[0]
+
     def logprobs(self, batch: Batch) -> TokenValues:
         shards, summaries = self.group.shards(lambda worker: worker.policy_logprobs, [batch.shards])
         return TokenValues(shards=shards, summaries=summaries)
 
-    def credit(self, kept: Batch, scored: Scored, old: TokenValues, ref: TokenValues) -> Pending:
+    def credit(self, kept: Batch, scored: Scored, old: TokenValues, ref: TokenValues) -> PendingCredit:
         size = len(self.group.workers)
         values: list[Any] = [None] * len(kept.shards)
         summaries = []
@@ -74,10 +93,10 @@ class Policy:
             for index, part in zip(mine, parts, strict=True):
                 values[index] = part
             summaries.append(summary)
-        return Pending(group=self.group, summaries=tuple(summaries), what="credit", values=tuple(values))
+        return PendingCredit(group=self.group, shards=tuple(values), summaries=tuple(summaries))
 
-    def learn(self, kept: Batch, old: TokenValues, ref: TokenValues, credit: Pending) -> Pending:
-        columns = [kept.shards, selection(kept), old.shards, ref.shards, credit.values]
+    def learn(self, kept: Batch, old: TokenValues, ref: TokenValues, credit: PendingCredit) -> Pending:
+        columns = [kept.shards, selection(kept), old.shards, ref.shards, credit.shards]
         references = []
         size = len(self.group.workers)
         for rank, worker in enumerate(self.group.workers):
@@ -98,24 +117,18 @@ class Reference:
 
 
 class NoReference:
-    """Nothing in this run measures from the initial model: log pi_old stands in, so every difference is exactly 0."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._last: tuple[Batch, TokenValues] | None = None
+    """Nothing in this run measures from the initial model; the configuration check has made sure of it."""
 
     def logprobs(self, batch: Batch) -> TokenValues:
-        zeros = tuple(_zeros_like(shard) for shard in batch.shards)
-        return TokenValues(shards=zeros, summaries=())
+        return TokenValues(shards=(None,) * len(batch.shards), summaries=())
 
 
 class Sources:
     """All process sources of the run; empty for outcome-only methods."""
 
-    def __init__(self, sources: Mapping[str, WorkerGroup], trust: Mapping[str, TrustState], *, last: int) -> None:
+    def __init__(self, sources: Mapping[str, WorkerGroup], trust: Mapping[str, TrustState]) -> None:
         self._sources = dict(sources)
         self.trust = dict(trust)
-        self._last = last
 
     def score(self, batch: Batch, old: TokenValues, ref: TokenValues) -> Scored:
         asked = {
@@ -124,13 +137,17 @@ class Sources:
         }
         metrics: dict[str, float] = {}
         for name, (_, summaries) in asked.items():
-            measured = self._sources[name].get(list(summaries), f"score of {name}")
-            found = quality(measured)
-            self.trust[name] = self.trust[name].updated(found["prm/pair_acc_fresh"], found["prm/mixed_groups"])
-            metrics |= {**found, "prm/trust": trusted(self.trust[name])}
+            answers = self._sources[name].get(list(summaries), f"score of {name}")
+            metrics["timing_s/prm_score"] = max(seconds for _, seconds in answers)
+            measured = [one for one, _ in answers if one is not None]
+            if measured:
+                found = quality(measured)
+                accuracy, groups = found.get("prm/pair_acc_fresh", 0.0), int(found["prm/mixed_groups"])
+                self.trust[name] = self.trust[name].update(accuracy, groups)
+                metrics |= {**found, "prm/trust": self.trust[name].value}
         return Scored(
             streams={name: shards for name, (shards, _) in asked.items()},
-            trust={name: trusted(state) for name, state in self.trust.items()},
+            trust={name: state.value for name, state in self.trust.items()},
             metrics=metrics,
         )
 
@@ -149,8 +166,3 @@ class Sources:
 def selection(batch: Batch) -> list[torch.Tensor]:
     """For each shard, which of its rows train the policy."""
     return [torch.tensor([batch.selected[row] for row in members], dtype=torch.bool) for members in batch.members]
-
-
-def rank_results(groups: Sequence[Any]) -> Any:
-    """Ranks reduce their metrics before they answer, so the first one's are everybody's."""
-    return groups[0]

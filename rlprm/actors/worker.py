@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rlprm.actors.group import redirect_output
+from rlprm.core.metrics import Max
+from rlprm.engine.combine import Measured
 from rlprm.engine.distributed import join, leave
 from rlprm.records import JaggedShard, cat
 
@@ -60,18 +62,18 @@ class Worker:
         parts, joined = joined_shards(shards)
         begin = time.perf_counter()
         stream, measured = self._sources[name].score(joined, joined_tokens(old), joined_tokens(ref))
-        measured["timing_s/prm_score"] = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
         streams = [
             {"rewards": rewards, "present": present}
             for rewards, present in zip(split(stream["rewards"], parts), split(stream["present"], parts), strict=True)
         ]
-        return [*streams, measured] if streams else measured
+        return [*streams, (measured, seconds)] if streams else (measured, seconds)
 
-    def learn_source(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> dict[str, float]:
+    def learn_source(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> Measured:
         _, joined = joined_shards(shards)
         begin = time.perf_counter()
-        metrics = self._sources[name].learn(joined, joined_tokens(old), joined_tokens(ref))
-        return {**metrics, "timing_s/update_prm": time.perf_counter() - begin}
+        measured = self._sources[name].learn(joined, joined_tokens(old), joined_tokens(ref))
+        return measured | slowest("update_prm", begin)
 
     def credit(
         self,
@@ -90,13 +92,13 @@ class Worker:
             for name, values in fetched.items()
         }
         begin = time.perf_counter()
-        credit, metrics, readable = self._policy.credit(
+        credit, measured, readable = self._policy.credit(
             joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), joined_streams, trust
         )
-        metrics["timing_s/adv"] = time.perf_counter() - begin
+        measured |= slowest("adv", begin)
         per_field = {field: split(flat, parts) for field, flat in credit.items()}
         values = [{field: flats[index] for field, flats in per_field.items()} for index in range(len(parts))]
-        return [*values, (metrics, readable)] if values else (metrics, readable)
+        return [*values, (measured, readable)] if values else (measured, readable)
 
     def learn_policy(
         self,
@@ -106,15 +108,15 @@ class Worker:
         ref: list[Any],
         credit: list[Any],
         num_groups: int,
-    ) -> dict[str, float]:
+    ) -> Measured:
         _, joined = joined_shards(shards)
         values = ray.get(credit)
         fields = {field: torch.cat([value[field] for value in values]) for field in values[0]}
         begin = time.perf_counter()
-        metrics = self._policy.learn(
+        measured = self._policy.learn(
             joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), fields, num_groups
         )
-        return {**metrics, "timing_s/update_actor": time.perf_counter() - begin}
+        return measured | slowest("update_actor", begin)
 
     def version(self) -> int:
         return self._policy.version
@@ -122,13 +124,13 @@ class Worker:
     def manifest(self) -> Any:
         return self._policy.manifest()
 
-    def put_weights(self, bucket_bytes: int) -> tuple[list[Any], str]:
-        """References to buckets in the object store and their digest; all ranks call, rank 0 has the data."""
-        digest, references = self._policy.pack(bucket_bytes, ray.put)
-        return references, digest
+    def put_weights(self, bucket_bytes: int) -> tuple[int, Any, list[Any], str]:
+        """Version, manifest, buckets in the object store, digest; all ranks call (ZeRO-3), rank 0 has the data."""
+        references, digest = self._policy.pack(bucket_bytes, lambda bucket: ray.put(bucket.numpy()))
+        return self._policy.version, self._policy.manifest(), references, digest
 
-    def join_transfer(self, host: str, port: int, rank: int, world_size: int, backend: str) -> None:
-        self._policy.join_transfer(host, port, rank, world_size, backend)
+    def join_transfer(self, host: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
+        self._policy.join_transfer(host, port, rank, world_size, backend, timeout_s)
 
     def send_weights(self, bucket_bytes: int) -> str:
         return self._policy.send(bucket_bytes)
@@ -157,9 +159,14 @@ class Worker:
         parts, joined = joined_shards(shards)
         begin = time.perf_counter()
         flat = compute(joined)
-        summary = {f"timing_s/{stage}": time.perf_counter() - begin}
+        summary = slowest(stage, begin)
         values = split(flat, parts)
         return [*values, summary] if values else summary
+
+
+def slowest(stage: str, begin: float) -> Measured:
+    """Seconds since ``begin``; over ranks the slowest counts, for the others wait for it."""
+    return Measured(partial={f"timing_s/{stage}": Max(time.perf_counter() - begin)}, agreed={})
 
 
 def joined_shards(references: list[Any]) -> tuple[list[JaggedShard], JaggedShard]:
@@ -168,8 +175,10 @@ def joined_shards(references: list[Any]) -> tuple[list[JaggedShard], JaggedShard
     return parts, cat(parts)
 
 
-def joined_tokens(references: list[Any]) -> Tensor:
-    """Flat per-token values of the rank's shards, end to end."""
+def joined_tokens(references: list[Any]) -> Tensor | None:
+    """Flat per-token values of the rank's shards, end to end; None where nobody computed them."""
+    if all(reference is None for reference in references):
+        return None
     return torch.cat([torch.as_tensor(part) for part in ray.get(references)])
 
 

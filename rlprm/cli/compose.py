@@ -1,7 +1,8 @@
 """From the command line to a validated configuration, and where each of its values comes from.
 
 Overrides follow Hydra's grammar (``key=value``, ``group=option``, ``+key=value``, ``~key``). ``recipe=NAME`` adds
-``recipes/NAME/config.yaml``; ``--config-dir DIR`` puts a folder of the user's own options before the shipped ones.
+``recipes/NAME/config.yaml``, and options in that folder hide shipped ones of the same name; ``--config-dir DIR`` does
+the same for a folder of the user's own.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
+from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,16 +56,15 @@ def composed(name: str, overrides: Sequence[str], config_dir: Path | None = None
         ConfigError: unknown key, option or recipe (with the nearest right one), missing value, bad override.
     """
     arguments = [_recipe(override) for override in overrides]
-    folders = ([config_dir] if config_dir else []) + [recipes_dir()]
-    for folder in folders:
+    own = [config_dir] if config_dir else []
+    chosen = [recipes_dir() / override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
+    for folder in own:
         if not folder.is_dir():
             raise ConfigError(f"configuration folder {folder} does not exist; expected a folder of YAML groups")
-    search = "hydra.searchpath=[" + ",".join(f"file://{folder.resolve()}" for folder in folders) + "]"
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose(name, [*arguments, search])
-            origins = _origins(name, [*arguments, search], arguments)
+        with _searching(own + chosen):
+            config = compose(name, arguments)
+            origins = _origins(name, arguments)
             _refuse_missing(config)
             values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -107,11 +112,32 @@ def _refuse_missing(config: DictConfig) -> None:
         )
 
 
-def _origins(name: str, arguments: Sequence[str], shown: Sequence[str]) -> dict[str, str]:
+@contextmanager
+def _searching(first: Sequence[Path]) -> Iterator[None]:
+    """Hydra over ``conf/`` and ``recipes/``; options in the folders ``first`` hide shipped ones of the same name.
+
+    Hydra's own ways to add a folder put it behind the main one, so that a recipe could not bring its own variant of an
+    option that the methods name.
+    """
+    saved = get_gh_backup()
+    setbase("1.3")
+    path = create_config_search_path(str(conf_dir()))
+    for folder in reversed(first):
+        path.prepend(provider="own options", path=f"file://{folder.resolve()}")
+    # behind "main" but before "schema", which Hydra wants to be the last
+    path.prepend(provider="recipes", path=f"file://{recipes_dir().resolve()}", anchor="schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="rlprm", config_search_path=path)
+    try:
+        yield
+    finally:
+        restore_gh_from_backup(saved)
+
+
+def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
     """Replay the defaults list: the last file that has a leaf has set it, then the overrides."""
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(name, list(arguments), RunMode.RUN)
-    repository = loader.repository  # type: ignore[attr-defined]
     _, repository = loader._parse_overrides_and_create_caching_repo(name, list(arguments))  # type: ignore[attr-defined]
     origins: dict[str, str] = {}
     for default in defaults.defaults:
@@ -122,7 +148,7 @@ def _origins(name: str, arguments: Sequence[str], shown: Sequence[str]) -> dict[
         prefix = default.package or ""
         for key, _ in _leaves(content, prefix):
             origins[key] = f"{default.config_path}.yaml"
-    for line in shown:
+    for line in arguments:
         override = OverridesParser.create().parse_override(line)
         if override.package is None and "/" not in override.key_or_group:
             prefix = override.key_or_group
@@ -139,7 +165,7 @@ def _explain(name: str, error: Exception) -> str:
         return text
     wrong = re.search(r"Could not override '([^']+)'", text)
     asked = (wrong or found).group(1)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _searching([]):
         config = compose(name)
     known = [key for key, _ in _leaves(OmegaConf.to_container(config, resolve=False))]
     sections = sorted({".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 2)})

@@ -87,6 +87,18 @@ def token_entropy(
     return _per_token(_Entropy.apply(logits, where - 1, temperature), where, known)
 
 
+def token_values(outputs: Float[Tensor, "b t"], sequence: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """``V[b, t] = outputs[b, t - 1]``: the value of the state in which ``tokens[b, t]`` was chosen; 0 where there is none.
+
+    ``outputs[b, t]`` is what a value head says after reading ``tokens[b, t]``.
+
+    >>> token_values(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0, 0, 1]])).tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    known = predicted(sequence)
+    return torch.where(known, outputs.roll(1, dims=1), torch.zeros_like(outputs))
+
+
 def _check(temperature: float) -> None:
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; log-probs need one above 0 (greedy decoding has none)")

@@ -16,9 +16,7 @@ from rlprm.errors import ConfigError
 from rlprm.records import Shard
 
 
-def none(
-    rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard
-) -> Float[Tensor, "B T"]:
+def none(rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard) -> Float[Tensor, "B T"]:
     """``A_t = r_t``: each token is paid for itself only; an outcome then reaches the last token alone."""
     return known(rewards, present & shard.response_mask).to(rewards.dtype)
 
@@ -43,9 +41,7 @@ def to_go(
     return torch.where(shard.response_mask, returns, torch.zeros_like(returns)).to(rewards.dtype)
 
 
-def step_local(
-    rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard
-) -> Float[Tensor, "B T"]:
+def step_local(rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard) -> Float[Tensor, "B T"]:
     """``A_t = sum of the present rewards of t's own step``: nothing flows from one step to another."""
     sums = step_sums(rewards, present & shard.response_mask, shard.step_index)
     spread = spread_over_step(sums, shard.step_index)

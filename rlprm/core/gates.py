@@ -56,10 +56,10 @@ def trust_gate(
 def trust_from(pair_accuracy_mean: float, count: float) -> float:
     """``clip(2 LCB - 1, 0, 1)``: LCB is the 95 % lower Wilson bound of a pair accuracy measured on ``count`` groups.
 
-    Chance (1/2) earns 0, perfection 1, and so does few data: Wilson's bound stays below 1 at an accuracy of 1.
+    Chance (1/2) earns 0. Few data earn little: Wilson's bound stays below 1 even at an accuracy of 1.
 
     >>> trust_from(0.9, 0.0), round(trust_from(0.9, 100.0), 3), round(trust_from(1.0, 4.0), 3)
-    (0.0, 0.676, 0.193)
+    (0.0, 0.679, 0.193)
     """
     if count <= 0:
         return 0.0

@@ -48,9 +48,7 @@ from rlprm.records import Shard
 from rlprm.roles import Reduce
 
 Unit = Literal["token", "step", "response"]
-Centre = Literal[
-    "none", "group", "leave_one_out", "token_mean_loo", "token_mean_loo_released", "step_index", "batch"
-]
+Centre = Literal["none", "group", "leave_one_out", "token_mean_loo", "token_mean_loo_released", "step_index", "batch"]
 Scale = Literal["none", "group_std", "batch_std", "return_range", "local_return_range"]
 Order = Literal["none", "centre_then_scale", "scale_then_centre"]
 Bound = float | Literal["none", "tanh"]

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from rlprm.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ class Row:
 
     id: str  # unique and stable within its data set
     question: str
-    gold: str
+    gold: str | None  # None: the data set has none; such a row makes no prompt and is counted
     source: str
 
 
@@ -40,7 +40,14 @@ class Columns:
     A column name with dots that is no column itself reaches into nested values: ``reward_model.ground_truth``,
     ``prompt.0.content``. Without ``id`` a row is named by its position, counted from 0.
 
-    >>> gsm8k = Columns(question="question", answer="answer", gold_pattern=r"#### (.+)$", gold_remove=",", id=None)
+    >>> gsm8k = Columns(
+    ...     question="question",
+    ...     answer="answer",
+    ...     gold_pattern=r"#### (.+)$",
+    ...     gold_remove=",",
+    ...     missing_gold="refuse",
+    ...     id=None,
+    ... )
     >>> gsm8k.gold("He has 900 + 100 = 1,000.\\n#### 1,000", "train.jsonl:1")
     '1000'
 
@@ -52,6 +59,7 @@ class Columns:
     answer: str
     gold_pattern: str | None  # regular expression with one group; None: the whole answer is the gold
     gold_remove: str  # each of these characters is dropped from the gold, e.g. "," for thousands; "" drops none
+    missing_gold: Literal["refuse", "drop"]  # a row without a gold answer is an error, or is left out and counted
     id: str | None
 
     def __post_init__(self) -> None:
@@ -67,18 +75,25 @@ class Columns:
                 "(write other groups as (?:...))"
             )
 
-    def gold(self, answer: str, where: str) -> str:
-        """The gold answer inside ``answer``, stripped of white space; the last match counts."""
-        found = [answer] if self.gold_pattern is None else re.findall(self.gold_pattern, answer)
-        if not found:
-            raise DataError(
-                f"{where}: gold_pattern {self.gold_pattern!r} matches nothing in the answer, which ends in "
-                f"{answer[-60:]!r}; change the pattern or remove the row"
-            )
-        gold = found[-1].translate({ord(character): None for character in self.gold_remove}).strip()
-        if not gold:
-            raise DataError(f"{where}: the gold answer is empty; expected text in column {self.answer!r}")
-        return gold
+    def gold(self, answer: Any, where: str) -> str | None:
+        """The gold answer inside ``answer``, stripped of white space; the last match counts.
+
+        Raises:
+            DataError: there is none and ``missing_gold`` is ``refuse``, or the answer is neither text nor a number.
+        """
+        text = "" if answer is None else plain_text(answer, self.answer, where)
+        found = [text] if self.gold_pattern is None else re.findall(self.gold_pattern, text)
+        gold = found[-1].translate({ord(character): None for character in self.gold_remove}).strip() if found else ""
+        if gold:
+            return gold
+        if self.missing_gold == "drop":
+            return None
+        reason = "is empty" if found else f"has nothing that gold_pattern {self.gold_pattern!r} matches"
+        ending = "null" if answer is None else repr(text[-60:])
+        raise DataError(
+            f"{where}: the answer in column {self.answer!r} {reason}; it ends in {ending}. Correct the pattern or the "
+            "row, or set missing_gold to drop"
+        )
 
     def row(self, record: Mapping[str, Any], index: int, where: str) -> Row:
         """The :class:`Row` of one record."""
@@ -88,7 +103,7 @@ class Columns:
         return Row(
             id=str(index) if self.id is None else plain_text(lookup(record, self.id, where), self.id, where),
             question=plain_text(question, self.question, where),
-            gold=self.gold(plain_text(lookup(record, self.answer, where), self.answer, where), where),
+            gold=self.gold(lookup(record, self.answer, where), where),
             source=where,
         )
 

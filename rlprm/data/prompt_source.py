@@ -38,6 +38,7 @@ class HeldOut:
     name: str
     prompts: tuple[Prompt, ...]
     num_rows: int  # rows of the data set, before the limit
+    num_without_gold: int  # rows within the limit that have no gold answer
     num_too_long: int  # rows within the limit whose prompt is over max_prompt_tokens
 
 
@@ -52,6 +53,14 @@ class Rendered(NamedTuple):
 
     def prompt(self) -> Prompt:
         return Prompt(id=self.id, text=self.text, tokens=tuple(self.tokens), gold=self.gold, source=self.source)
+
+
+class Fitting(NamedTuple):
+    """The prompts of a data set that can be used, in the order of its rows, and how many were left out and why."""
+
+    prompts: list[Rendered]
+    num_without_gold: int
+    num_too_long: int
 
 
 class PromptSource:
@@ -75,14 +84,15 @@ class PromptSource:
 
     Raises:
         DataError: no sources, equal names, a name with other characters than letters, digits, ``_ . -``, a weight
-            that is not above 0, an empty source, a question that cannot be rendered, a source of too long prompts only.
+            that is not above 0, an empty source, a question that cannot be rendered, a source with no prompt left.
     """
 
     def __init__(self, sources: Sequence[Source], render: Render, *, seed: int, max_prompt_tokens: int) -> None:
         check_sources(sources)
         self._seed = seed
         self._rows = {source.name: source.rows for source in sources}
-        self._prompts = {name: fitting(name, rows, render, max_prompt_tokens) for name, rows in self._rows.items()}
+        self._fitting = {name: fitting(name, rows, render, max_prompt_tokens) for name, rows in self._rows.items()}
+        self._prompts = {name: found.prompts for name, found in self._fitting.items()}
         total = math.fsum(source.weight for source in sources)
         self._share = {source.name: source.weight / total for source in sources}
         self._taken = dict.fromkeys(self._rows, 0)
@@ -96,7 +106,7 @@ class PromptSource:
             }
 
     def __len__(self) -> int:
-        """Different prompts over all sources, the too long ones left out."""
+        """Different prompts over all sources, those left out not counted."""
         return sum(map(len, self._prompts.values()))
 
     def take(self, n: int) -> list[Prompt]:
@@ -104,13 +114,14 @@ class PromptSource:
         return [self._next() for _ in range(n)]
 
     def metrics(self) -> dict[str, float]:
-        """``data/{source}/num_rows``, ``num_too_long`` (rows left out) and ``epoch`` (passes, with a fraction)."""
+        """``data/{source}/num_rows``, ``num_without_gold`` and ``num_too_long`` (left out), ``epoch`` (passes)."""
         return {
             key: float(value)
             for name, rows in self._rows.items()
             for key, value in (
                 (f"data/{name}/num_rows", len(rows)),
-                (f"data/{name}/num_too_long", len(rows) - len(self._prompts[name])),
+                (f"data/{name}/num_without_gold", self._fitting[name].num_without_gold),
+                (f"data/{name}/num_too_long", self._fitting[name].num_too_long),
                 (f"data/{name}/epoch", self._taken[name] / len(self._prompts[name])),
             )
         }
@@ -145,8 +156,8 @@ class PromptSource:
         name = max(self._share, key=lambda source: self._share[source] * total - self._taken[source])
         epoch, place = divmod(self._taken[name], len(self._prompts[name]))
         if self._order.get(name, (None,))[0] != epoch:
-            ids = [kept.id for kept in self._prompts[name]]
-            self._order[name] = epoch, shuffled(ids, f"{self._seed}/{name}/{epoch}")
+            ids = [kept.id for kept in self._prompts[name]]  # they hold the source's name
+            self._order[name] = epoch, shuffled(ids, f"{self._seed}/{epoch}")
         self._taken[name] += 1
         return self._prompts[name][self._order[name][1][place]].prompt()
 
@@ -160,25 +171,29 @@ def held_out(
     a smaller limit gives a beginning of a larger one.
 
     Raises:
-        DataError: a bad name, no rows, a limit below 1, too long prompts only.
+        DataError: a bad name, no rows, a limit below 1, no prompt left.
     """
     check_sources([Source(name, rows, 1.0)])
     if limit is not None and limit < 1:
         raise DataError(f"held-out set {name!r} has limit {limit}; expected at least 1, or null for all rows")
     chosen = rows if limit is None else [rows[i] for i in shuffled([row.id for row in rows], f"{seed}/{name}")[:limit]]
-    kept = fitting(name, chosen, render, max_prompt_tokens)
+    found = fitting(name, chosen, render, max_prompt_tokens)
     return HeldOut(
         name=name,
-        prompts=tuple(prompt.prompt() for prompt in kept),
+        prompts=tuple(kept.prompt() for kept in found.prompts),
         num_rows=len(rows),
-        num_too_long=len(chosen) - len(kept),
+        num_without_gold=found.num_without_gold,
+        num_too_long=found.num_too_long,
     )
 
 
-def fitting(name: str, rows: list[Row], render: Render, max_prompt_tokens: int) -> list[Rendered]:
-    """The rendered prompts of at most ``max_prompt_tokens`` tokens, in the order of the rows."""
+def fitting(name: str, rows: list[Row], render: Render, max_prompt_tokens: int) -> Fitting:
+    """The rendered prompts that have a gold answer and at most ``max_prompt_tokens`` tokens."""
+    graded = [row for row in rows if row.gold is not None]
+    if not graded:
+        raise DataError(f"none of the {len(rows)} rows of {name!r} has a gold answer; check answer and gold_pattern")
     kept, shortest = [], None
-    for row in rows:
+    for row in graded:
         try:
             text, tokens = render(row.question)
         except DataError as error:
@@ -191,10 +206,10 @@ def fitting(name: str, rows: list[Row], render: Render, max_prompt_tokens: int) 
             kept.append(Rendered(f"{name}/{row.id}", text, array("I", tokens), row.gold, name))
     if not kept and shortest is not None:
         raise DataError(
-            f"all {len(rows)} prompts of {name!r} are longer than max_prompt_tokens={max_prompt_tokens}; the shortest "
-            f"has {shortest[0]} tokens ({shortest[1]}). Raise max_prompt_tokens or use a shorter template"
+            f"all {len(graded)} prompts of {name!r} are longer than max_prompt_tokens={max_prompt_tokens}; the "
+            f"shortest has {shortest[0]} tokens ({shortest[1]}). Raise max_prompt_tokens or use a shorter template"
         )
-    return kept
+    return Fitting(kept, len(rows) - len(graded), len(graded) - len(kept))
 
 
 def shuffled(ids: Sequence[str], key: str) -> list[int]:

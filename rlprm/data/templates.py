@@ -23,7 +23,7 @@ PROBE = "1"  # an innocent question: what it renders to, beside itself, is the t
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer; also its ``bos_token_id``, ``unk_token_id`` and ``all_special_ids``."""
+    """What is used of a Hugging Face tokenizer, beside the ids of its BOS, EOS, unknown and other special tokens."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
 
@@ -113,7 +113,7 @@ def filler(format: str) -> Callable[[str], str]:
     """
     if format.count(PLACEHOLDER) != 1:
         raise ConfigError(
-            f"format {format!r} has {format.count(PLACEHOLDER)} times {PLACEHOLDER}; expected exactly one"
+            f"format {format!r} has {PLACEHOLDER} {format.count(PLACEHOLDER)} times; expected exactly once"
         )
     before, after = format.split(PLACEHOLDER)
     return lambda question: before + question + after
@@ -130,8 +130,10 @@ def guarded(tokenizer: Tokenizer, render: Render) -> Render:
     A question that spells ``<|im_end|>`` or ``<s>`` would end its own turn or bring a second BOS; the unknown token is
     exempt, because a character outside the vocabulary is no structure.
     """
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     bos_id = tokenizer.bos_token_id
+    # some tokenizers (GPT-2's) use one token as unknown, BOS and EOS: it is structure then
+    unknown = {tokenizer.unk_token_id} - {bos_id, tokenizer.eos_token_id}
+    special = set(tokenizer.all_special_ids) - unknown
     _, probe = render(PROBE)
     if bos_id is not None and probe[:2] == (bos_id, bos_id):
         raise DataError("the template starts with two BOS tokens; take the one written in the format or template out")

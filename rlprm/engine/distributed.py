@@ -42,7 +42,9 @@ def join(
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed at import, and only then
     elif not torch.cuda.is_available():
-        raise ConfigError("device is cuda but torch sees no GPU in this process; use device=cpu or give the actor a GPU")
+        raise ConfigError(
+            "device is cuda but torch sees no GPU in this process; use device=cpu or give the actor a GPU"
+        )
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     imported = "deepspeed" in sys.modules
     import deepspeed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def read_config(model_path: str) -> Any:
 
 
 def expected_weights(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the causal LM that ``config`` describes, as a learner that trains it names them; no memory."""
+    """Names and shapes of the causal LM that ``config`` describes, as a learner names them; takes no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -55,7 +55,7 @@ def check_requests(requests: Sequence[Request], max_model_len: int, vocab_size: 
         prompt, name = request.prompt.tokens, request.prompt.id
         if not request.seeds or request.max_tokens < 1:
             raise ConfigError(
-                f"prompt {name}: {len(request.seeds)} seeds, max_tokens {request.max_tokens}; expected at least 1 of each"
+                f"prompt {name}: {len(request.seeds)} seeds, max_tokens {request.max_tokens}; expected 1 or more"
             )
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ConfigError(
@@ -89,7 +89,7 @@ def check_tokens(tokens: Sequence[Sequence[int]], max_model_len: int, vocab_size
 
 
 class Loadable(ABC):
-    """An engine whose weights are replaced as a whole: checked first, marked as broken until the replacement is complete.
+    """An engine whose weights are replaced as a whole: checked first, marked broken until complete.
 
     ``version`` is that of the last load, 0 before the first (the model folder's weights). Three ways in, one rule:
     :meth:`load` for tensors at hand, :meth:`load_buckets` for arrays from an object store, :meth:`load_group` for a
@@ -113,7 +113,7 @@ class Loadable(ABC):
         return self.load_buckets(version, Manifest.of(named), list(buckets(named, LOAD_BUCKET_BYTES)))
 
     def load_buckets(self, version: int, manifest: Manifest, packed: Sequence[Tensor | np.ndarray]) -> str:
-        """As :meth:`load`, from the buckets that :func:`~rlprm.engine.weights.buckets` made of the manifest's tensors."""
+        """As :meth:`load`, from :func:`~rlprm.engine.weights.buckets` of the manifest's tensors."""
         self._begin(manifest)
         return self._done(version, self._load_buckets(manifest, packed))
 
@@ -160,4 +160,4 @@ class Loadable(ABC):
 
     def _require_whole(self) -> None:
         if self._broken:
-            raise StaleWeights(f"{self._broken}: the engine holds a mixture of weights; restart it and publish again")
+            raise StaleWeights(f"{self._broken}: it holds a mixture of weights; restart the engine and publish again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ class HfSettings:
 class HfGenerator(Loadable):
     """Batched sampling with a KV cache; a sample depends on its prompt, seed and temperature, not on its neighbours.
 
-    Each sample owns a generator seeded with its seed, and its n-th uniform number picks its n-th token by the inverse of
-    the cumulative distribution (float64). Log-probs are ``log_softmax(float32(logits) / T)`` of the sampled tokens; for
-    greedy requests (T = 0) they are reported at T = 1, as vLLM does. The same seed gives other samples than in vLLM.
+    Each sample owns a generator seeded with its seed, and its n-th uniform number picks its n-th token by the inverse
+    of the cumulative distribution (float64). Log-probs are ``log_softmax(float32(logits) / T)`` of the sampled tokens;
+    for greedy requests (T = 0) they are reported at T = 1, as vLLM does. A seed gives other samples than in vLLM.
     """
 
     def __init__(self, model_path: str, settings: HfSettings) -> None:
@@ -60,7 +61,7 @@ class HfGenerator(Loadable):
         return self._stream(list(requests))
 
     def logprobs(self, tokens: Sequence[Sequence[int]], temperature: float) -> list[list[float]]:
-        """log mu of each given token after its prefix, at ``temperature`` (0 counts as 1); the first entry of each is 0."""
+        """log mu of each given token after its prefix, at ``temperature`` (0 counts as 1); each begins with a 0."""
         self._require_whole()
         check_tokens(tokens, self._settings.max_model_len, self._vocab_size)
         size = self._settings.max_num_seqs
@@ -118,7 +119,9 @@ class HfGenerator(Loadable):
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         finish: list[Finish | None] = [None] * len(rows)
-        waiting = list(requests)
+        ends = list(accumulate(len(request.seeds) for request in requests))
+        own = [range(end - len(request.seeds), end) for request, end in zip(requests, ends, strict=True)]
+        waiting = set(range(len(requests)))
         cache, positions = None, (mask.cumsum(1) - 1).clamp(min=0)
         for turn in range(uniforms.shape[1]):
             out = self._model(
@@ -135,11 +138,10 @@ class HfGenerator(Loadable):
                         finish[index] = "stop"
                     elif turn + 1 == rows[index][0].max_tokens:
                         finish[index] = "length"
-            for request in list(waiting):
-                own = [index for index, row in enumerate(rows) if row[0] is request]
-                if all(finish[index] for index in own):
-                    waiting.remove(request)
-                    yield [self._rollout(*rows[index], tokens[index], logprobs[index], finish[index]) for index in own]
+            for which in sorted(waiting):
+                if all(finish[index] for index in own[which]):
+                    waiting.remove(which)
+                    yield [self._rollout(*rows[i], tokens[i], logprobs[i], finish[i]) for i in own[which]]
             if not waiting:
                 return
             ids, positions = picked[:, None], positions[:, -1:] + 1

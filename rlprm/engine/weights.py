@@ -152,9 +152,9 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def buckets(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Tensor]:
     """Pack tensors, in their order, into flat uint8 buckets of at most ``bucket_bytes`` each.
 
-    Each tensor starts at a multiple of 16 bytes and lies in one bucket; one larger than ``bucket_bytes`` gets a bucket of
-    its own. A tensor is copied as it arrives, so it may be gathered (ZeRO-3) just for the moment of its turn. A bucket is
-    never written again once it has been yielded.
+    Each tensor starts at a multiple of 16 bytes and lies in one bucket; one larger than ``bucket_bytes`` gets a bucket
+    of its own. A tensor is copied as it arrives, so it may be gathered (ZeRO-3) just for the moment of its turn. A
+    bucket is never written again once it has been yielded.
 
     >>> [len(bucket) for bucket in buckets([("a", torch.zeros(3)), ("b", torch.zeros(2)), ("c", torch.zeros(9))], 32)]
     [24, 36]
@@ -169,8 +169,8 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> I
             yield buffer[:used]
             used = start = 0
         if used == 0:
-            # zeros, not empty: the padding between tensors travels too, and must not carry old memory
-            buffer = torch.zeros(max(bucket_bytes, len(data)), dtype=torch.uint8, device=data.device)
+            buffer = torch.empty(max(bucket_bytes, len(data)), dtype=torch.uint8, device=data.device)
+        buffer[used:start] = 0  # the padding travels too, and must not carry old memory
         buffer[start : start + len(data)] = data
         used = start + len(data)
     if used:
@@ -193,7 +193,7 @@ def bucket_sizes(manifest: Manifest, bucket_bytes: int) -> list[int]:
 def unpack(manifest: Manifest, packed: Iterable[Tensor | np.ndarray]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of ``manifest`` as views into the buckets (no copy): the inverse of :func:`buckets`.
 
-    The views keep their bucket alive; an engine may hold some until a layer is complete, so a bucket must not be reused.
+    The views keep their bucket alive; an engine may hold some until a layer is complete: do not reuse a bucket.
 
     >>> named = [("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([3], dtype=torch.bfloat16))]
     >>> [(name, tensor.tolist()) for name, tensor in unpack(Manifest.of(named), buckets(named, 8))]
@@ -249,8 +249,8 @@ class Group:
 def make_group(host: str, port: int, rank: int, world: int, backend: Backend, timeout_s: float) -> Group:
     """A group of ``world`` processes that meet at ``host:port`` (rank 0 listens there); blocks until all have come.
 
-    It lives next to the default process group and does not need one, so a learner that trains in its own group can reach
-    engines that are not part of it. ``backend`` nccl for tensors on GPUs, gloo on CPUs.
+    It lives next to the default process group and does not need one, so a learner that trains in its own group can
+    reach engines that are not part of it. ``backend`` nccl for tensors on GPUs, gloo on CPUs.
 
     Raises:
         torch.distributed.DistError: not all came within ``timeout_s``.
@@ -268,8 +268,8 @@ def make_group(host: str, port: int, rank: int, world: int, backend: Backend, ti
 def send(group: Group, named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, digest: bool) -> str:
     """Broadcast ``named_tensors`` from rank 0, bucket by bucket; returns their digest ("" without ``digest``).
 
-    At most one bucket is held at a time. The receivers must have been given the manifest of the same tensors in the same
-    order, and the same ``bucket_bytes``.
+    At most one bucket is held at a time. The receivers must have been given the manifest of the same tensors in the
+    same order, and the same ``bucket_bytes``.
     """
     seen = Digest()
     for bucket in buckets(recorded(named_tensors, seen if digest else None), bucket_bytes):

@@ -63,7 +63,9 @@ class Checkpointer:
                 shutil.rmtree(partial)
             partial.mkdir()
         except OSError as error:
-            raise CheckpointError(f"cannot begin the checkpoint {partial}: {error}; free space or mend the disk") from error
+            raise CheckpointError(
+                f"cannot begin the checkpoint {partial}: {error}; free space or mend the disk"
+            ) from error
         return partial
 
     def commit(self, step: int, state: Mapping[str, Any]) -> Path:
@@ -90,10 +92,15 @@ class Checkpointer:
                 shutil.rmtree(final)
             os.replace(partial, final)
             _sync(self.folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"saving {final} failed: {error}; older checkpoints are untouched. Mend the disk, then resume"
+            ) from error
+        try:
             self._prune(step)
         except OSError as error:
             raise CheckpointError(
-                f"saving {final} failed: {error}; older checkpoints are untouched. Free space or mend the disk, then resume"
+                f"{final} is saved, but older ones could not be removed: {error}; mend the disk"
             ) from error
         return final
 
@@ -127,7 +134,10 @@ class Checkpointer:
         older = [path for step, path in self._complete() if step < newest]
         # A damaged one must not take the place of a good one.
         intact = [path for path in older if damage(path, contents=False) is None]
-        for path in set(older) - set(intact[len(intact) - self.keep_last + 1 :] if self.keep_last > 1 else []):
+        kept = intact[max(0, len(intact) - (self.keep_last - 1)) :]
+        for path in older:
+            if path in kept:
+                continue
             # Renamed first: a removal that is interrupted must not leave half a checkpoint under a complete one's name.
             doomed = path.with_name(path.name + ".tmp")
             os.replace(path, doomed)
@@ -148,7 +158,9 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     reason = damage(path)
     if reason is not None:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {reason}; choose another one, or restore it from a copy")
+        raise CheckpointError(
+            f"checkpoint {path} cannot be used: {reason}; choose another one, or restore it from a copy"
+        )
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     return state
 

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Wall-clock seconds per named stage, as ``timing_s/{stage}``, and of the whole step, as ``timing_s/step``.
+    """Wall-clock seconds per named stage, as ``timing_s/{stage}``; the driver's stage ``step`` holds the others.
 
-    A stage entered several times in a step counts with its sum. Stages may nest, and may run in several threads at
-    once; each is counted in full, so the stages may sum to more than the step. A stage that is still open when the
-    step is collected counts towards the step in which it ends.
+    A stage entered several times counts with its sum. Stages may nest, and may run in several threads at once; each
+    is counted in full, so the parts may sum to more than the step. A stage that is still open when the metrics are
+    collected counts towards the collection after it ends.
 
     >>> ticks = iter([0.0, 1.0, 3.0, 4.0])
     >>> clock = Clock(now=lambda: next(ticks))
-    >>> with clock.stage("generate"):
-    ...     pass
+    >>> with clock.stage("step"):
+    ...     with clock.stage("generate"):
+    ...         pass
     >>> clock.collect()
     {'timing_s/generate': 2.0, 'timing_s/step': 4.0}
     """
@@ -27,7 +28,6 @@ class Clock:
         self._now = now
         self._lock = threading.Lock()
         self._seconds: dict[str, float] = {}
-        self._step_began = now()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -44,11 +44,7 @@ class Clock:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def collect(self) -> dict[str, float]:
-        """The metrics since the last ``collect`` (or the clock's birth), in seconds; the next step begins now."""
+        """The seconds of the stages that ended since the last ``collect``, as metrics."""
         with self._lock:
-            now = self._now()
-            metrics = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
-            metrics["timing_s/step"] = now - self._step_began
-            self._seconds = {}
-            self._step_began = now
-        return metrics
+            ended, self._seconds = self._seconds, {}
+        return {f"timing_s/{name}": seconds for name, seconds in ended.items()}

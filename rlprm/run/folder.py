@@ -94,7 +94,7 @@ def _lock(folder: Path) -> IO[str]:
         holder = file.read().strip() or "an unknown process"
         file.close()
         raise ConfigError(
-            f"output folder {folder} is in use by {holder}; wait for that run, stop it, or choose another output_dir or name"
+            f"output folder {folder} is in use by {holder}; wait for that run, or choose another output_dir or name"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -10,9 +10,10 @@ from typing import Any
 HIDDEN = "<redacted>"
 
 # "token" is also an ordinary word here: `pad_token`, `per_token` name no secret.
-_WORD_TOKENS = "".join(f"(?<!{word}[_-])" for word in "eos bos pad unk sep cls stop mask per end start".split())
+_NOT_SECRET = ("eos", "bos", "pad", "unk", "sep", "cls", "stop", "mask", "per", "end", "start")
+_WORD_TOKENS = "".join(f"(?<!{word}[_-])" for word in _NOT_SECRET)
 _SECRET_WORDS = (
-    r"(?:api_?key|access_?key|private_?key|secret(?:_?key)?|password|passwd|passphrase|credentials?|authorization"
+    r"(?:api[_-]?key|access[_-]?key|private[_-]?key|secret(?:[_-]?key)?|password|passwd|passphrase|credentials?|authorization"
     rf"|{_WORD_TOKENS}token)"
 )
 # Whole words of a name: `api_key`, `HF_TOKEN`, `wandb-password`; not `max_tokens` and not `token_budget`.
@@ -23,7 +24,10 @@ _SECRET_TEXT = [
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=\-]{8,}"), HIDDEN),
     (re.compile(r"(?i)\b(login\s+\S+\s+password)\s+\S+"), HIDDEN),
     # keys that say what they are: Hugging Face, OpenAI-like, GitHub, AWS, W&B
-    (re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})"), HIDDEN),
+    (
+        re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})"),
+        HIDDEN,
+    ),
     (re.compile(r"\bwandb_v1_[A-Za-z0-9_]{16,}"), HIDDEN),
     # `api_key: value`, `TOKEN=value` inside a longer text
     (

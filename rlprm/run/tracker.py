@@ -39,16 +39,19 @@ class Trackers:
     def __init__(self, sinks: Sequence[Sink], rollouts: RolloutLog | None = None) -> None:
         self._sinks = list(sinks)
         self._rollouts = rollouts
+        self._known: set[str] = set()
         self._last_step: int | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of ``step`` everywhere, once.
 
         Raises:
-            ValueError: a name is not in the table of metrics, or the step was logged already.
+            ConfigError: a name is not in the table of metrics.
+            ValueError: the step was logged already.
         """
-        for name in metrics:
+        for name in metrics.keys() - self._known:
             check_name(name)
+            self._known.add(name)
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"metrics of step {step} came after step {self._last_step}; log each step once, in order")
         self._last_step = step
@@ -165,7 +168,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, offline unless a key is there (``WANDB_API_KEY`` or a netrc entry) or ``WANDB_MODE`` says otherwise.
+    """Weights & Biases, offline without a key (``WANDB_API_KEY`` or a netrc entry) unless ``WANDB_MODE`` decides.
 
     Files go to ``<folder>/wandb``; ``wandb sync`` sends an offline run later. The same ``run_id`` continues a run. The
     configuration is sent without secrets, and neither the command line, the code, the console nor the machine is.

@@ -38,7 +38,7 @@ class Child:
     def __init__(self, verifier: str, kwargs: str, memory_mb: int) -> None:
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process, closed in reap()
         self._process = subprocess.Popen(
             [sys.executable, "-c", BOOT, json.dumps(_paths()), str(os.getpid()), verifier, kwargs, str(memory_mb)],
             stdin=subprocess.PIPE,
@@ -46,9 +46,10 @@ class Child:
             stderr=self._stderr,
             env=environment,
             bufsize=0,
-            start_new_session=True,  # its own process group: Ctrl-C is the parent's, and killpg takes grandchildren along
+            start_new_session=True,  # its own group: Ctrl-C is the parent's, and killpg takes grandchildren along
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         for pipe in (self._requests, self._answers):
             os.set_blocking(pipe.fileno(), False)

@@ -22,8 +22,8 @@ def verify(
     r"""1 iff the answer found in ``response`` is the text of ``gold``.
 
     ``pattern`` is searched in the response; its first group (or the whole match) is the answer. ``which`` match counts:
-    ``first``, ``last``, or ``only`` (more than one match is wrong). Both sides are put into Unicode form NFC, then, by option,
-    stripped, case-folded, and (``spaces: false``) freed of white space. An empty answer is never right.
+    ``first``, ``last``, or ``only`` (more than one match is wrong). Both sides are put into Unicode form NFC, then, by
+    option, stripped, case-folded, and (``spaces: false``) freed of white space. An empty answer is never right.
 
     >>> verify("Paris", "Answer: paris ", "", pattern=r"Answer:(.*)", casefold=True)
     (1.0, "'paris' equals the gold answer")

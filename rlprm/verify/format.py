@@ -22,8 +22,8 @@ def verify(
     r"""1 iff the response has the shape of ``pattern``; ``gold`` and ``prompt`` are not read.
 
     ``whole``: the pattern covers the whole response, otherwise it is found in it exactly once. Each literal in ``once``
-    (a tag, say) occurs exactly once. Each group of the pattern holds at least ``min_chars`` characters besides white space, so
-    that empty tags earn nothing.
+    (a tag, say) occurs exactly once. Each group of the pattern holds at least ``min_chars`` characters,
+    white space aside, so that empty tags earn nothing.
 
     >>> verify("", "<think>2+2</think><answer>4</answer>", "")
     (1.0, 'the format holds')

@@ -25,7 +25,7 @@ _CURRENCY = re.compile(r"^([-+]?)\s*(?:\\\$|[$€£¥₹])\s*")
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A rational as it was written: ``decimal`` with a point, ``percent`` with the sign, in number ``base`` (0: none given)."""
+    """A rational as it was written: ``decimal`` with a point, ``percent`` with the sign, ``base`` 0 if none."""
 
     value: Fraction
     decimal: bool = False
@@ -36,8 +36,8 @@ class Value:
 def read(text: str, comma_is_decimal: bool = False) -> Value | None:
     r"""The number that ``text`` is as a whole, units aside; None if it is anything else.
 
-    >>> read("1,234.50"), read(r"918\frac{1}{2}"), read("32, 349"), read("12%")
-    (Value(value=Fraction(2469, 2), decimal=True, percent=False, base=0), Value(value=Fraction(1837, 2), decimal=False, percent=False, base=0), None, Value(value=Fraction(12, 1), decimal=False, percent=True, base=0))
+    >>> read("1,234.50").value, read(r"918\frac{1}{2}").value, read("32, 349"), read("12%").percent
+    (Fraction(2469, 2), Fraction(1837, 2), None, True)
     >>> read("2,74"), read("2,74", comma_is_decimal=True).value
     (None, Fraction(137, 50))
     """
@@ -49,7 +49,7 @@ def read(text: str, comma_is_decimal: bool = False) -> Value | None:
     without = _PERCENT.sub("", bare)
     percent = without != bare
     plain = without.strip().replace(r"\!", "").replace("{,}", ",").replace(r"\,", " ")
-    if _COMMAS.fullmatch(plain) or re.fullmatch(r"[-+]?\d{1,3}(?:, \d{3})+", plain) and r"\!" in without:
+    if _COMMAS.fullmatch(plain) or (re.fullmatch(r"[-+]?\d{1,3}(?:, \d{3})+", plain) and r"\!" in without):
         plain = plain.replace(",", "").replace(" ", "")
     elif _SPACES.fullmatch(plain):
         plain = plain.replace(" ", "")

@@ -1,9 +1,9 @@
 """Run a verifier in killable processes: wall-clock limit, memory limit, and a third verdict when it fails.
 
-One thread of this process owns one child (:mod:`rlprm.verify.worker`). The thread writes a job, waits on the pipe with a
-deadline and, when it passes, kills the child and starts another. Threads that only wait on a pipe never hold up the
-interpreter, so the pool works the same from the main thread, another thread, asyncio and a Ray actor. Nothing is forked from this
-process with Python code in between (``subprocess`` starts a fresh interpreter), and nothing is unpickled.
+One thread of this process owns one child (:mod:`rlprm.verify.worker`). The thread writes a job, waits on the pipe with
+a deadline and, when it passes, kills the child and starts another. Threads that only wait on a pipe never hold up the
+interpreter, so the pool works the same from the main thread, another thread, asyncio and a Ray actor. Nothing is forked
+from this process with Python code in between (``subprocess`` starts a fresh interpreter), and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class VerifierPool:
     The verifier is a dotted path, an importable function, or a ``functools.partial`` of one with JSON-like keywords.
 
     ``counts`` holds finished jobs by kind: ``judged``; ``timeouts``; ``memory`` (limit reached); ``crashes`` (the
-    process died); ``errors`` (an exception, or a result that is none); ``closed`` (never run). ``restarts`` is beside them.
+    process died); ``errors`` (an exception, or a result that is none); ``closed`` (never run). ``restarts`` is beside
+    them.
 
     >>> with VerifierPool("rlprm.verify.exact.verify", workers=1, timeout_s=5.0, memory_mb=512) as pool:
     ...     [verdict.outcome for verdict in pool.judge_many([("7", "7", ""), ("7", "8", "")])]
@@ -47,9 +48,7 @@ class VerifierPool:
         VerifierError: the verifier cannot be loaded inside a worker.
     """
 
-    def __init__(
-        self, verifier: Callable[..., Any] | str, *, workers: int, timeout_s: float, memory_mb: int
-    ) -> None:
+    def __init__(self, verifier: Callable[..., Any] | str, *, workers: int, timeout_s: float, memory_mb: int) -> None:
         for name, value in (("workers", workers), ("timeout_s", timeout_s), ("memory_mb", memory_mb)):
             if not value > 0:
                 raise ConfigError(f"{name} is {value}; expected more than 0")
@@ -251,7 +250,8 @@ def name_of(verifier: Callable[..., Any] | str) -> tuple[str, str]:
 def check_canaries(pool: VerifierPool) -> int:
     """Judge the verifier module's ``CANARIES`` (gold, response, expected outcome) in the pool; how many there were.
 
-    A verifier that fails on every answer looks like a policy that is always wrong; a pair with a known answer tells them apart.
+    A verifier that fails on every answer looks like a policy that is always wrong; a pair with a known answer tells
+    them apart.
 
     Raises:
         VerifierError: a canary got another outcome than the one it declares, or none.
@@ -263,6 +263,6 @@ def check_canaries(pool: VerifierPool) -> int:
         if verdict.outcome != expected:
             raise VerifierError(
                 f"verifier {pool.verifier} judged the canary gold={gold!r}, response={response!r} as "
-                f"{verdict.outcome} ({verdict.reason}); expected {expected}. Check its options and its library's version"
+                f"{verdict.outcome} ({verdict.reason}); expected {expected}. Check its options and libraries"
             )
     return len(canaries)

@@ -1,8 +1,8 @@
 """The child side of :class:`rlprm.verify.pool.VerifierPool`: one process, one verifier, one job at a time.
 
-It imports the standard library and the verifier's own module, nothing else. Requests and answers are lines of ASCII JSON
-on two private file descriptors; the verifier's own stdin, stdout and stderr are /dev/null, so whatever it prints cannot
-be taken for an answer. The parent owns the clock and kills this process when time is up.
+It imports the standard library and the verifier's own module, nothing else. Requests and answers are lines of ASCII
+JSON on two private file descriptors; the verifier's own stdin, stdout and stderr are /dev/null, so whatever it prints
+cannot be taken for an answer. The parent owns the clock and kills this process when time is up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(parent: int, verifier: str, kwargs: str, memory_mb: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         verify = functools.partial(load(verifier), **json.loads(kwargs))
-    except BaseException as error:  # the process border: the parent turns this into a typed error
+    except BaseException as error:  # noqa: BLE001 - the process border: the parent turns this into a typed error
         _send(answers, {"ready": False, "reason": _short(error)})
         return
     _send(answers, {"ready": True})
@@ -45,7 +45,7 @@ def main(parent: int, verifier: str, kwargs: str, memory_mb: int) -> None:
 def judge(verify: Callable[..., Any], job: dict[str, Any]) -> dict[str, Any]:
     """One verdict as plain data; every exception is an outcome of None with its reason.
 
-    >>> judge(lambda gold, response, prompt: (float(gold == response), "equal"), dict(gold="1", response="1", prompt=""))
+    >>> judge(lambda gold, response, prompt: (1.0, "equal"), dict(gold="1", response="1", prompt=""))
     {'outcome': 1.0, 'reason': 'equal', 'steps': None, 'kind': 'judged'}
     """
     started = time.monotonic()
@@ -53,7 +53,7 @@ def judge(verify: Callable[..., Any], job: dict[str, Any]) -> dict[str, Any]:
         found = verify(job["gold"], job["response"], job["prompt"])
     except MemoryError:
         return _failure("memory", "memory limit reached")
-    except BaseException as error:  # the process border: sys.exit() inside a verifier is its failure, not ours
+    except BaseException as error:  # noqa: BLE001 - the process border: sys.exit() in a verifier is its failure
         spent = time.monotonic() - started
         return _failure("errors", f"{_short(error)} (after {spent:.2f} s)")
     return _checked(found)
@@ -95,7 +95,7 @@ def _failure(kind: str, reason: str) -> dict[str, Any]:
 def _short(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"[:MAX_REASON]
-    except Exception:  # an exception whose text cannot be made is still named
+    except Exception:  # noqa: BLE001 - an exception whose text cannot be made is still named
         return type(error).__name__
 
 

@@ -1,0 +1,93 @@
+"""Ray itself: start it here or join a cluster, and refuse what cannot fit before any actor waits for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from rlprm.errors import ConfigError
+
+@contextmanager
+def cluster(
+    *, address: str | None, num_actors: int, gpus: float, object_store_bytes: int | None, working_dir: str
+) -> Iterator[None]:
+    """Ray, for as long as the block lasts; a cluster that was joined stays up, one that was started here goes down.
+
+    Raises:
+        ConfigError: not enough shared memory for the object store, or the cluster has too few GPUs.
+    """
+    already = ray.is_initialized()
+    if not already:
+        _start(address, num_actors, object_store_bytes, working_dir)
+    try:
+        have = ray.cluster_resources().get("GPU", 0.0)
+        if have < gpus:
+            raise ConfigError(
+                f"the placement needs {gpus:g} GPUs and the cluster has {have:g}; use fewer ranks or engines, or "
+                "placement=cpu"
+            )
+        yield
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _start(address: str | None, num_actors: int, object_store_bytes: int | None, working_dir: str) -> None:
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+        # actors import rlprm and the user's own package from where the driver does
+        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(working_dir)}},
+    }
+    if address is not None:
+        ray.init(address=address, **options)
+        return
+    if object_store_bytes is not None:
+        _require_memory(object_store_bytes)
+    # a token for this run alone; a cluster that is joined has its own, from the environment or ~/.ray
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",  # a run of one machine listens on loopback only
+        # logical: on few cores there are more processes than cores, and they take turns
+        num_cpus=max(num_actors + 1, os.cpu_count() or 1),
+        object_store_memory=object_store_bytes,
+        **options,
+    )
+
+
+def _python_path(working_dir: str) -> str:
+    before = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([working_dir, before]) if before else working_dir
+
+
+def _require_memory(wanted: int) -> None:
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    if free and wanted > free:
+        raise ConfigError(
+            f"placement.object_store_bytes is {wanted} and shared memory has {free} bytes free; lower it, or give the "
+            "machine (or container: --shm-size) more shared memory"
+        )
+
+
+def actor_environment(*, device: str, threads: int) -> Mapping[str, str]:
+    """Environment of learner and judge processes."""
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        # with more processes than cores, spinning threads make everything ten times slower
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return {**common, "DS_ACCELERATOR": "cpu"} if device == "cpu" else common

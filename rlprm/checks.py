@@ -1,0 +1,106 @@
+"""Combinations of settings that cannot work, refused before any model is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlprm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlprm.config import TrainConfig
+
+BUILT_IN = ("outcome", "kl")
+
+
+def check_train(config: TrainConfig) -> None:
+    """Cross-field rules of a training run.
+
+    Raises:
+        ValueError: with what was found, what was expected and what to do.
+    """
+    _sources(config)
+    _groups(config)
+    _kl(config)
+    _critic(config)
+    _arithmetic(config)
+    _pieces(config)
+
+
+def _sources(config: TrainConfig) -> None:
+    for name, stream in config.streams.items():
+        if name in BUILT_IN and stream.source is not None:
+            raise ValueError(f"streams.{name} is built in and has a source; set streams.{name}.source to null")
+        if name not in BUILT_IN and stream.source is None:
+            raise ValueError(
+                f"streams.{name} has no source; give it one (source@streams.{name}.source=implicit), or use one of the "
+                f"built-in names {', '.join(BUILT_IN)}"
+            )
+        if stream.source is not None and (stream.source.model is None) != (stream.source.learner is None):
+            raise ValueError(f"streams.{name}.source has only one of model and learner; a PRM needs both, a rule none")
+    learnt = [name for name, stream in config.streams.items() if stream.source and stream.source.model]
+    if len(learnt) > 1:
+        raise ValueError(f"streams {', '.join(learnt)} each train a PRM; one learnt PRM per run is supported")
+
+
+def _groups(config: TrainConfig) -> None:
+    if config.responses_per_prompt > 1:
+        return
+    for name, stream in config.streams.items():
+        centre = stream.normalizer.get("centre", "none")
+        if centre in ("group", "leave_one_out", "token_mean_loo", "token_mean_loo_released", "step_index"):
+            raise ValueError(
+                f"streams.{name}.normalizer centres by {centre}, which compares responses to the same prompt, and "
+                "responses_per_prompt is 1; use at least 2, or a normalizer without a group (raw, batch_mean)"
+            )
+
+
+def _kl(config: TrainConfig) -> None:
+    if "kl" in config.streams and config.policy_loss.kl_weight > 0:
+        raise ValueError("KL is both a reward stream and a loss (policy_loss.kl_weight); keep one of the two")
+
+
+def _critic(config: TrainConfig) -> None:
+    if config.critic is None:
+        return
+    for name, stream in config.streams.items():
+        if not stream.estimator["_target_"].endswith(".none"):
+            raise ValueError(
+                f"streams.{name}.estimator is {stream.estimator['_target_']}; with a critic GAE accumulates, so the "
+                f"estimator must be none (estimator@streams.{name}.estimator=none)"
+            )
+
+
+def _arithmetic(config: TrainConfig) -> None:
+    if config.keep.min_prompts > config.prompts_per_step:
+        raise ValueError(
+            f"keep.min_prompts is {config.keep.min_prompts} and prompts_per_step {config.prompts_per_step}; no step could "
+            "ever have enough prompts"
+        )
+    shards = max(config.placement.policy_ranks, config.placement.prm_ranks)
+    if config.keep.min_prompts < shards:
+        raise ValueError(
+            f"keep.min_prompts is {config.keep.min_prompts} and there are {shards} ranks; each rank needs a group of its own, "
+            f"so set keep.min_prompts to at least {shards}"
+        )
+    for role, learner in (("policy", config.policy), ("critic", config.critic.learner if config.critic else None)):
+        if learner is not None and learner.mini_batches > config.prompts_per_step:
+            raise ValueError(
+                f"{role}.mini_batches is {learner.mini_batches} and prompts_per_step {config.prompts_per_step}; a mini-batch "
+                "holds at least one prompt's group"
+            )
+        if learner is not None and learner.offload != "none" and config.placement.device == "cpu":
+            raise ValueError(f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from")
+    if config.placement.weight_transport == "gloo" and config.placement.device == "cuda":
+        raise ValueError("weight_transport gloo moves tensors on CPU; use nccl (between GPUs) or object_store on cuda")
+
+
+def _pieces(config: TrainConfig) -> None:
+    """Let every piece check its own settings, on two made-up responses."""
+    from rlprm.core.credit import CriticPlan, probe
+    from rlprm.run.factories import plans
+
+    critic = config.critic and CriticPlan(gamma=config.critic.gamma, lam=config.critic.lam)
+    try:
+        probe(plans(config), critic, whiten=config.whiten)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error

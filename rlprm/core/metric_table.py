@@ -1,0 +1,225 @@
+"""The one table of metric names: unit, formula, and how each reduces over micro-batches and ranks.
+
+``{stream}`` a reward stream, ``{source}`` a data source, ``{metric}`` what a verifier measures, ``{n}`` a number,
+``{stage}`` a stage of the driver, ``{role}`` a model role (policy, prm, critic, reference, rollout). Reduction:
+mean (sum and count travel), sum, max, min; ``global`` is computed over all shards inside, equal on every rank;
+``driver`` is known to the driver only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reduction = Literal["mean", "sum", "max", "min", "global", "driver"]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One line of the table."""
+
+    name: str
+    unit: str
+    formula: str
+    reduction: Reduction
+
+
+def _family(prefix: str, reduction: Reduction, lines: str) -> tuple[MetricSpec, ...]:
+    """``name | unit | formula`` per line; a line may end in ``| reduction`` where it differs from the family's."""
+    specs = []
+    for line in lines.strip().splitlines():
+        name, unit, formula, *other = (field.strip() for field in line.split("|"))
+        specs.append(MetricSpec(prefix + name, unit, formula, other[0] if other else reduction))  # type: ignore[arg-type]
+    return tuple(specs)
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    *_family("actor/", "mean", """
+        loss              | nats | policy loss + KL loss - entropy bonus, global denominators   | sum
+        pg_loss           | 1    | aggregated policy loss, global denominators                  | sum
+        kl_loss           | nats | aggregated KL penalty, before its weight                     | sum
+        entropy           | nats | mean over response tokens of the entropy of the choice
+        pg_clipfrac       | 1    | response tokens where the clipped branch decides
+        pg_clipfrac_lower | 1    | response tokens where the dual clip decides
+        ppo_kl            | nats | mean of log pi_old - log pi
+        ratio             | 1    | mean of pi / pi_old
+        ratio_max         | 1    | largest pi / pi_old                                          | max
+        ratio_first_diff  | 1    | largest abs(pi / pi_old - 1) before the first update         | max
+        grad_norm         | 1    | 2-norm of the whole gradient before clipping                 | global
+        lr                | 1    | learning rate of the last update                             | global
+        updates           | 1    | optimizer steps taken in this step of the loop               | global
+        micro_batches     | 1    | forward passes of the update                                 | sum
+        over_budget       | 1    | sequences longer than the token budget                       | sum
+        tokens            | 1    | response tokens trained on                                   | sum
+        sequences         | 1    | sequences trained on                                         | sum
+        ref_kl            | nats | mean of log pi_old - log pi_ref on response tokens (k1)
+        ref_k3            | nats | mean k3 of the same
+        """),
+    *_family("critic/", "mean", """
+        vf_loss           | 1 | aggregated value loss, global denominators     | sum
+        vf_clipfrac       | 1 | response tokens where the clipped branch decides
+        vf_explained_var  | 1 | 1 - var(G - V) / var(G)                        | global
+        values/mean       | 1 | mean value
+        values/max        | 1 | largest value                                  | max
+        values/min        | 1 | smallest value                                 | min
+        returns/mean      | 1 | mean value target
+        returns/max       | 1 | largest value target                           | max
+        returns/min       | 1 | smallest value target                          | min
+        grad_norm         | 1 | 2-norm of the gradient before clipping         | global
+        lr                | 1 | learning rate of the last update               | global
+        """),
+    *_family("response_length/", "driver", """
+        mean       | tokens | mean response length, EOS included
+        max        | tokens | longest response
+        min        | tokens | shortest response
+        clip_ratio | 1      | responses cut by the length limit
+        """),
+    *_family("prompt_length/", "driver", """
+        mean       | tokens | mean prompt length
+        max        | tokens | longest prompt
+        min        | tokens | shortest prompt
+        """),
+    *_family("process_steps/", "driver", """
+        mean             | 1      | steps of reasoning per response
+        max              | 1      | most steps in a response
+        tokens_mean      | tokens | tokens per step
+        frac_single      | 1      | responses that are one step only: the splitter found nothing
+        frac_right       | 1      | steps with the exact label right, over labelled steps
+        """),
+    *_family("", "driver", """
+        timing_s/{stage}                 | s   | wall time of the stage in this step
+        perf/time_per_step               | s   | wall time of the step
+        perf/total_num_tokens            | 1   | prompt and response tokens of the step
+        perf/throughput                  | 1/s | total_num_tokens / time_per_step / devices
+        perf/tokens_per_second/{stage}   | 1/s | tokens the stage worked on, by its wall time
+        perf/mfu/{role}                  | 1   | achieved over peak floating point operations
+        perf/max_memory_allocated_gb     | GB  | largest device memory in use, over ranks
+        perf/max_memory_reserved_gb      | GB  | largest device memory held, over ranks
+        perf/cpu_memory_used_gb          | GB  | memory in use on the driver's host
+        perf/memory_gb/{role}            | GB  | resident memory of the role's largest process
+        perf/object_store_gb             | GB  | object store in use
+        training/global_step             | 1   | steps of the loop so far
+        training/epoch                   | 1   | passes over the data so far
+        training/rollouts_total          | 1   | responses sampled so far, filtered ones counted
+        training/tokens_total            | 1   | response tokens sampled so far
+        training/resumed                 | 1   | 1 in the first step after a resume
+        training/nonfinite_metrics       | 1   | values of the step that were NaN or infinite (written as null)
+        training/duplicate_frac          | 1   | responses whose text another response of the group repeats
+        """),
+    *_family("training/", "mean", """
+        rollout_probs_diff_mean    | 1    | mean abs(pi_old - mu) on response tokens
+        rollout_probs_diff_max     | 1    | largest abs(pi_old - mu)                    | max
+        rollout_probs_diff_std     | 1    | standard deviation of abs(pi_old - mu)      | global
+        rollout_logprobs_diff_max  | nats | largest abs(log pi_old - log mu)            | max
+        rollout_kl                 | nats | KL(mu, pi_old) by k1: mean log mu - log pi_old
+        rollout_k3                 | nats | KL(mu, pi_old) by k3
+        rollout_is_mean            | 1    | mean importance weight in use
+        rollout_is_max             | 1    | largest importance weight in use            | max
+        rollout_is_changed_frac    | 1    | tokens whose weight the correction truncated or dropped
+        """),
+    *_family("val-core/", "driver", """
+        {source}/{metric}/mean@{n} | 1 | mean of the metric over n samples per prompt
+        {source}/{metric}/pass@{n} | 1 | unbiased chance that one of n samples is right
+        {source}/{metric}/greedy   | 1 | mean of the metric at temperature 0
+        """),
+    *_family("val-aux/", "driver", """
+        {source}/{metric}/std@{n}       | 1      | standard deviation over samples, averaged over prompts
+        {source}/num_prompts            | 1      | prompts evaluated
+        {source}/frac_absent            | 1      | responses without a verdict
+        {source}/response_length/mean   | tokens | mean response length
+        {source}/response_length/clip_ratio | 1  | responses cut by the length limit
+        """),
+    *_family("reward/{stream}/", "global", """
+        mean          | reward | mean of present entries, before normalization
+        std           | reward | their Bessel standard deviation
+        min           | reward | the smallest
+        max           | reward | the largest
+        frac_present  | 1      | responses with a reward, over trained responses
+        frac_zero_std | 1      | groups whose responses all earn the same sum, over groups with a reward
+        frac_lone     | 1      | responses without a sibling to be compared with, over responses with a reward
+        """),
+    *_family("adv/{stream}/", "global", """
+        mean     | 1 | mean over trained response tokens, after whitening
+        abs_mean | 1 | mean absolute value
+        std      | 1 | Bessel standard deviation
+        share    | 1 | cov(part, total) / var(total); the shares of all parts sum to 1
+        """),
+    *_family("prm/", "driver", """
+        loss                    | nats | cross-entropy on outcomes, global denominator            | sum
+        grad_norm               | 1    | 2-norm of the gradient before clipping                   | global
+        lr                      | 1    | learning rate of the last update                         | global
+        updates                 | 1    | optimizer steps taken in this step of the loop           | global
+        labels                  | 1    | present outcomes learnt from                             | sum
+        label_mean              | 1    | their mean
+        pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
+        pair_acc_fresh_no_last  | 1    | the same without each response's last step
+        pair_acc_surprisal      | 1    | the same of the baseline log pi_ref
+        auc_fresh               | 1    | AUC of r(y) against outcomes, fresh and before learning
+        auc_fresh_no_last       | 1    | the same without each response's last step
+        auc_surprisal           | 1    | the same of the baseline log pi_ref
+        step_auc                | 1    | AUC of step rewards against exact step labels
+        step_auc_surprisal      | 1    | the same of the baseline log pi_ref
+        first_wrong_hit         | 1    | responses whose lowest step is the first wrong one
+        first_wrong_hit_surprisal | 1  | the same of the baseline log pi_ref
+        first_wrong_hit_chance  | 1    | the same of a blind guess: mean of 1 / steps
+        mixed_groups            | 1    | fresh groups with right and wrong responses
+        fresh_rows              | 1    | fresh responses measured
+        ece                     | 1    | expected calibration error of sigmoid(r(y))
+        corr_with_outcome       | 1    | correlation of r(y) with the outcome
+        kl_to_ref               | nats | mean of log pi_phi - log pi_ref on response tokens
+        log_ratio_abs           | nats | mean abs(log pi_phi - log pi_ref) summed over a response
+        trust                   | 1    | factor of the trust gate
+        """),
+    *_family("keep/", "driver", """
+        rounds             | 1 | sampling rounds of the step
+        prompts_sampled    | 1 | prompts sampled
+        prompts_kept       | 1 | prompts accepted
+        prompts_surplus    | 1 | accepted prompts beyond the batch, dropped
+        frac_kept          | 1 | accepted over sampled prompts
+        rollouts_sampled   | 1 | responses sampled, filtered ones counted
+        dropped_low        | 1 | prompts below the accuracy band
+        dropped_high       | 1 | prompts above the accuracy band
+        dropped_unjudged   | 1 | prompts with too few verdicts
+        aborted            | 1 | responses aborted by the engine and sampled again
+        outcome_mean_fresh | 1 | mean outcome of the first round, before filtering
+        """),
+    *_family("select/", "driver", """
+        rows_in    | 1 | responses before the selection
+        rows_out   | 1 | responses after it
+        frac_kept  | 1 | rows_out / rows_in
+        """),
+    *_family("verifier/", "driver", """
+        seconds_mean | s | mean time per verdict
+        seconds_max  | s | longest verdict
+        timeouts     | 1 | verdicts that ran out of time
+        failures     | 1 | verdicts that failed otherwise
+        out_of_memory| 1 | verdicts that ran out of memory
+        restarts     | 1 | verifier processes replaced
+        frac_absent  | 1 | responses without a verdict
+        """),
+    *_family("staleness/", "driver", """
+        mean | optimizer steps | policy version at training minus version that sampled
+        max  | optimizer steps | the largest such gap
+        """),
+    *_family("weights/", "driver", """
+        version                 | optimizer steps | version the engines hold
+        bytes                   | B    | bytes sent to one engine
+        buckets                 | 1    | buckets sent
+        probe_logprobs_diff_max | nats | largest difference of engine and trainer on the probe tokens
+        """),
+    *_family("sft/", "global", """
+        loss       | nats | cross-entropy per response token   | sum
+        eval_loss  | nats | the same on held-out rows
+        grad_norm  | 1    | 2-norm of the gradient before clipping
+        lr         | 1    | learning rate
+        tokens     | 1    | response tokens trained on          | sum
+        rows_total | 1    | rows seen so far
+        """),
+    *_family("data/", "driver", """
+        prompts          | 1 | prompts in the source after filtering
+        prompts_too_long | 1 | prompts dropped for their length
+        """),
+    *_family("alarm/", "driver", """
+        {metric} | 1 | 1 while the metric is outside its band
+        """),
+)  # fmt: skip

@@ -1,0 +1,352 @@
+"""One rank of the policy (and its critic): log-probs, credit, optimizer steps, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlprm.batch import flatten, pad, unflatten
+from rlprm.core.credit import CriticPlan, StreamPlan, credit, kl_stream, outcome_stream
+from rlprm.core.kl import kl_loss
+from rlprm.core.metrics import Max, Mean, Sum
+from rlprm.core.mismatch import mismatch_metrics, mismatch_weights
+from rlprm.core.packing import Layout
+from rlprm.core.policy_loss import Denominators, aggregation_weights, weighted_sum
+from rlprm.core.readable import readable
+from rlprm.core.value import explained_variance, value_loss
+from rlprm.engine.batching import micros, mini_batches
+from rlprm.engine.combine import Measured, agreed, combined
+from rlprm.engine.learner import Learner, Outputs
+from rlprm.engine.weights import Digest, Group, Manifest, buckets, make_group, recorded, send
+from rlprm.records import JaggedShard, MicroBatch, Shard, Stream
+from rlprm.roles import Reduce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What the policy minimizes per token, before the token's share of the batch."""
+
+    surrogate: Callable[..., Any]  # (logprobs, old_logprobs, advantages) -> (loss, indicators)
+    aggregation: str
+    horizon: int | None
+    kl_weight: float
+    kl_kind: str
+    entropy_weight: float
+    mismatch_mode: str
+    mismatch_cap: float | None
+    mismatch_low: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """How often and in how many parts a batch is learnt from."""
+
+    epochs: int
+    mini_batches: int
+    token_budget: int
+    layout: Layout
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Critic:
+    """The learned value function of PPO."""
+
+    learner: Learner
+    plan: CriticPlan
+    clip: float | None
+    passes: Passes
+
+
+class Policy:
+    """pi_theta on one rank. ``version`` counts its optimizer steps; all methods are collective."""
+
+    name = "policy"
+    stateful = True
+    exportable = True
+
+    def __init__(
+        self,
+        learner: Learner,
+        critic: Critic | None,
+        *,
+        plans: Sequence[StreamPlan],
+        whiten: str,
+        objective: Objective,
+        passes: Passes,
+        temperature: float,
+        reduce: Reduce,
+        tokenizer: Any,
+        readable_groups: int,
+    ) -> None:
+        self._learner = learner
+        self._critic = critic
+        self._plans = tuple(plans)
+        self._whiten = whiten
+        self._objective = objective
+        self._passes = passes
+        self._temperature = temperature
+        self._reduce = reduce
+        self._tokenizer = tokenizer
+        self._readable_groups = readable_groups
+        self._group: Group | None = None
+        self._first_version = 0  # of the batch under way: before its first update every ratio must be 1
+
+    @property
+    def version(self) -> int:
+        return self._learner.steps
+
+    def logprobs(self, shard: JaggedShard) -> Tensor:
+        """log pi_old per flat token: the trainer's own value before this batch's updates."""
+        return self._learner.logprobs(shard, self._temperature)
+
+    def credit(
+        self,
+        shard: JaggedShard,
+        selected: Tensor,
+        old: Tensor,
+        ref: Tensor | None,
+        streams: Mapping[str, Mapping[str, Tensor]],
+        trust: Mapping[str, float],
+    ) -> tuple[dict[str, Tensor], Measured, list[dict[str, Any]]]:
+        """Flat advantages (and value targets), metrics, and the first rows in readable form."""
+        padded = replace(pad(shard), train=selected)
+        named = {plan.name for plan in self._plans}
+        made = {
+            name: Stream(
+                rewards=unflatten(fields["rewards"], shard.lengths), present=unflatten(fields["present"], shard.lengths)
+            )
+            for name, fields in streams.items()
+        }
+        if "outcome" in named:
+            made["outcome"] = outcome_stream(padded)
+        if "kl" in named:
+            assert ref is not None, "the configuration check demands a reference where there is a kl stream"
+            made["kl"] = kl_stream(unflatten(old, shard.lengths), unflatten(ref, shard.lengths), padded)
+        values = None if self._critic is None else self._critic.learner.values(shard)
+        result = credit(
+            padded,
+            made,
+            self._plans,
+            self._reduce,
+            whiten=self._whiten,
+            trust=trust,
+            values=None if values is None else unflatten(values, shard.lengths),
+            critic=None if self._critic is None else self._critic.plan,
+        )
+        flat = {"advantages": flatten(result.advantages.total, shard.lengths)}
+        if values is not None and result.value_targets is not None:
+            flat |= {"values": values, "value_targets": flatten(result.value_targets, shard.lengths)}
+        gap = mismatch_metrics(
+            unflatten(old, shard.lengths),
+            padded.rollout_logprobs,
+            padded.response_mask,
+            unflatten(self._importance(shard, old), shard.lengths),
+        )
+        metrics = agreed(**result.metrics) | combined([gap], prefix="")
+        return flat, metrics, self._read(padded, made, result.advantages)
+
+    def learn(
+        self,
+        shard: JaggedShard,
+        selected: Tensor,
+        old: Tensor,
+        ref: Tensor | None,
+        credit: Mapping[str, Tensor],
+        num_groups: int,
+    ) -> Measured:
+        """All optimizer steps on this batch."""
+        measured = agreed()
+        if self._critic is not None:
+            measured |= self._learn_critic(self._critic, shard, selected, credit, num_groups)
+        self._first_version = first = self._learner.steps
+        updates = [
+            update
+            for rows in self._parts(self._passes, shard, selected, num_groups)
+            if (update := self._update(shard, rows, old, ref, credit["advantages"])) is not None
+        ]
+        count = agreed(**{"actor/updates": float(self._learner.steps - first)})
+        return measured | combined(updates, prefix="actor/") | count
+
+    def _parts(self, passes: Passes, shard: JaggedShard, selected: Tensor, num_groups: int) -> list[Tensor]:
+        return [
+            rows
+            for epoch in range(passes.epochs)
+            for rows in mini_batches(
+                shard.group,
+                selected,
+                num_groups=num_groups,
+                parts=passes.mini_batches,
+                seed=(passes.seed * 1_000_003 + self._learner.steps) * 1_009 + epoch,
+            )
+        ]
+
+    def _update(
+        self, shard: JaggedShard, rows: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor
+    ) -> Mapping[str, Any] | None:
+        """One optimizer step on ``rows``; None where no rank has a response token."""
+        lengths = (shard.lengths - shard.prompt_lengths)[rows]
+        denominators = Denominators.count(lengths, self._reduce)
+        if denominators.tokens == 0:
+            return None
+        fields = {
+            "importance": self._importance(shard, old),
+            "old_logprobs": old,
+            "advantages": advantages,
+        }
+        if self._objective.kl_weight > 0:
+            assert ref is not None, "the configuration check demands a reference where there is a KL loss"
+            fields["ref_logprobs"] = ref
+        return self._learner.update(
+            micros(
+                shard,
+                rows,
+                token_fields=fields,
+                sequence_fields={},
+                token_budget=self._passes.token_budget,
+                layout=self._passes.layout,
+            ),
+            partial(self._loss, denominators),
+            temperature=self._temperature,
+            entropy=True,
+        )
+
+    def _importance(self, shard: JaggedShard, old: Tensor) -> Tensor:
+        padded = pad(shard)
+        weights = mismatch_weights(
+            unflatten(old, shard.lengths),
+            padded.rollout_logprobs,
+            padded.response_mask,
+            mode=self._objective.mismatch_mode,
+            cap=self._objective.mismatch_cap,
+            low=self._objective.mismatch_low,
+        )
+        return flatten(weights, shard.lengths)
+
+    def _loss(
+        self, denominators: Denominators, micro: MicroBatch, outputs: Outputs
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """``sum_t share_t * (importance_t * surrogate_t + kl_weight * kl_t - entropy_weight * H_t)``."""
+        objective, fields, mask = self._objective, micro.token_fields, micro.response_mask
+        assert outputs.logprobs is not None and outputs.entropy is not None
+        share = aggregation_weights(
+            mask,
+            micro.sequence,
+            micro.num_sequences,
+            mode=objective.aggregation,
+            denominators=denominators,
+            horizon=objective.horizon,
+        )
+        surrogate, indicators = objective.surrogate(
+            outputs.logprobs, fields["old_logprobs"], fields["advantages"], mask
+        )
+        per_token = fields["importance"] * surrogate
+        metrics: dict[str, Any] = {
+            "pg_loss": Sum(float((share * per_token.detach())[mask].sum())),
+            "entropy": Mean.of(outputs.entropy.detach()[mask]),
+            "ratio_max": Max.of(indicators["ratio"][mask]),
+            **{name: Mean.of(values[mask]) for name, values in indicators.items()},
+        }
+        if self._learner.steps == self._first_version:
+            metrics["ratio_first_diff"] = Max.of((indicators["ratio"][mask] - 1).abs())
+        if objective.kl_weight > 0:
+            divergence = kl_loss(outputs.logprobs, fields["ref_logprobs"], mask, kind=objective.kl_kind)
+            per_token = per_token + objective.kl_weight * divergence
+            metrics["kl_loss"] = Sum(float((share * divergence.detach())[mask].sum()))
+        if objective.entropy_weight > 0:
+            per_token = per_token - objective.entropy_weight * outputs.entropy
+        return weighted_sum(per_token, share), metrics
+
+    def _learn_critic(
+        self, critic: Critic, shard: JaggedShard, selected: Tensor, credit: Mapping[str, Tensor], num_groups: int
+    ) -> Measured:
+        updates = []
+        for rows in self._parts(critic.passes, shard, selected, num_groups):
+            denominators = Denominators.count((shard.lengths - shard.prompt_lengths)[rows], self._reduce)
+            if denominators.tokens == 0:
+                continue
+            prepared = micros(
+                shard,
+                rows,
+                token_fields={name: credit[name] for name in ("values", "value_targets")},
+                sequence_fields={},
+                token_budget=critic.passes.token_budget,
+                layout=critic.passes.layout,
+            )
+            updates.append(critic.learner.update(prepared, partial(critic_loss, critic.clip, denominators)))
+        padded = pad(shard)
+        explained = explained_variance(
+            unflatten(credit["values"], shard.lengths),
+            unflatten(credit["value_targets"], shard.lengths),
+            padded.response_mask & selected[:, None],
+            self._reduce,
+        )
+        measured = combined(updates, prefix="critic/")
+        return measured if explained is None else measured | agreed(**{"critic/vf_explained_var": explained})
+
+    def _read(self, shard: Shard, streams: Mapping[str, Stream], advantages: Any) -> list[dict[str, Any]]:
+        trained = shard.group[shard.train].unique()[: self._readable_groups]
+        rows = [row for row in range(len(shard)) if bool((shard.group[row] == trained).any())]
+        return readable(shard, streams, advantages, rows, lambda tokens: self._tokenizer.decode(list(tokens)))
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest:
+        """Names, shapes and dtypes of everything an engine must receive."""
+        return Manifest.of(self._learner.named_shapes())
+
+    def pack(self, bucket_bytes: int, put: Callable[[Tensor], Any]) -> tuple[list[Any], str]:
+        """All weights in buckets, each handed to ``put``; what it returned, and the digest of the bytes."""
+        seen = Digest()
+        return [put(bucket) for bucket in buckets(recorded(self._learner.named_weights(), seen), bucket_bytes)], (
+            seen.hexdigest()
+        )
+
+    def join_transfer(self, host: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
+        self._group = make_group(host, port, rank, world_size, backend, timeout_s)
+
+    def send(self, bucket_bytes: int) -> str:
+        """Broadcast all weights to the engines (rank 0); other ranks take part in gathering them."""
+        if self._group is not None:
+            return send(self._group, self._learner.named_weights(), bucket_bytes, digest=True)
+        for _ in self._learner.named_weights():
+            pass  # under ZeRO-3 gathering is collective
+        return ""
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str) -> None:
+        self._learner.save(folder)
+        if self._critic is not None:
+            self._critic.learner.save(f"{folder}_critic")
+
+    def load(self, folder: str) -> None:
+        self._learner.load(folder)
+        if self._critic is not None:
+            self._critic.learner.load(f"{folder}_critic")
+
+    def export(self, folder: str) -> str:
+        """An ordinary Hugging Face folder of the policy."""
+        self._learner.export(folder, self._tokenizer.name_or_path)
+        return folder
+
+    def close(self) -> None:
+        self._learner.close()
+        if self._critic is not None:
+            self._critic.learner.close()
+
+
+def critic_loss(
+    clip: float | None, denominators: Denominators, micro: MicroBatch, outputs: Outputs
+) -> tuple[Tensor, dict[str, Any]]:
+    """The mean value loss per response token of the optimizer step."""
+    fields, mask = micro.token_fields, micro.response_mask
+    assert outputs.values is not None
+    each, clipped = value_loss(outputs.values, fields["values"], fields["value_targets"], mask, clip=clip)
+    metrics = {"vf_loss": Sum(float(each.detach().sum()) / denominators.tokens), "vf_clipfrac": Mean.of(clipped[mask])}
+    return each.sum() / denominators.tokens, metrics

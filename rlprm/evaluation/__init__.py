@@ -1,0 +1,1 @@
+"""Held-out accuracy: greedy, mean@N and pass@k."""

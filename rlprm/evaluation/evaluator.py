@@ -1,0 +1,115 @@
+"""Held-out evaluation sets through the same engines and the same verifier as training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlprm.actors.judge import Group
+from rlprm.actors.rollout import seed_of
+from rlprm.core.quality import pass_at_k
+from rlprm.roles import Prompt, Request
+
+
+class Evaluator:
+    """Greedy and sampled accuracy of every evaluation set.
+
+    Seeds depend on the set, the prompt and the sample, not on the training step, so two evaluations of the same weights
+    agree, and differences between steps are the weights'.
+    """
+
+    def __init__(
+        self,
+        *,
+        sets: Mapping[str, Sequence[Prompt]],
+        rollouts: Any,
+        judges: Any,
+        every: int,
+        samples: int,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        log: Callable[[int, Mapping[str, float]], None],
+        notify: Callable[[str, int], Any],
+    ) -> None:
+        self._sets = dict(sets)
+        self._rollouts = rollouts
+        self._judges = judges
+        self._every = every
+        self._samples = samples
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._seed = seed
+        self._log = log
+        self._notify = notify
+
+    def evaluate(self, step: int, *, last: bool) -> None:
+        """Evaluate when it is due: before the first step, every ``every`` steps and after the last."""
+        if self._every == 0 or not self._sets or not (last or step % self._every == 0):
+            return
+        self._log(step, self.measure())
+
+    def measure(self) -> dict[str, float]:
+        """All sets, greedy and sampled."""
+        metrics: dict[str, float] = {}
+        for name, prompts in self._sets.items():
+            metrics |= greedy(self.judged(name, prompts, temperature=0.0, samples=1), name)
+            if self._samples > 0:
+                metrics |= sampled(
+                    self.judged(name, prompts, temperature=self._temperature, samples=self._samples), name
+                )
+        return metrics
+
+    def judged(
+        self, name: str, prompts: Sequence[Prompt], *, temperature: float, samples: int
+    ) -> tuple[Group, ...]:
+        """``samples`` responses to every prompt with their verdicts, in prompt order."""
+        requests = [
+            Request(
+                prompt=prompt,
+                seeds=tuple(
+                    seed_of(self._seed, "evaluation", name, temperature, index, sample) for sample in range(samples)
+                ),
+                temperature=temperature,
+                max_tokens=self._max_tokens,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        words = "greedy" if temperature == 0 else f"{samples} samples at temperature {temperature:g}"
+        with self._notify(f"evaluate {name}, {words}", len(requests)) as stage:
+            return self._judges.judge(_counted(self._rollouts.sample(requests), stage))
+
+
+def greedy(groups: Sequence[Group], name: str) -> dict[str, float]:
+    """Accuracy of greedy responses; a response without verdict is left out and counted."""
+    outcomes = [row.outcome for group in groups for row in group.rows]
+    return {f"val-core/{name}/accuracy/greedy": _mean(outcomes), f"val-core/{name}/absent/greedy": _absent(outcomes)}
+
+
+def sampled(groups: Sequence[Group], name: str) -> dict[str, float]:
+    """Mean accuracy over N samples per prompt, and pass@N (unbiased, from N samples)."""
+    size = len(groups[0].rows)
+    outcomes = [row.outcome for group in groups for row in group.rows]
+    metrics = {
+        f"val-core/{name}/accuracy/mean@{size}": _mean(outcomes),
+        f"val-core/{name}/absent/mean@{size}": _absent(outcomes),
+    }
+    if size > 1:
+        solved = [pass_at_k(size, sum(row.outcome == 1 for row in group.rows), size) for group in groups]
+        metrics[f"val-core/{name}/accuracy/pass@{size}"] = sum(solved) / len(solved)
+    return metrics
+
+
+def _mean(outcomes: Sequence[float | None]) -> float:
+    known = [outcome for outcome in outcomes if outcome is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _absent(outcomes: Sequence[float | None]) -> float:
+    return float(sum(outcome is None for outcome in outcomes))
+
+
+def _counted(finished: Any, stage: Any) -> Any:
+    for item in finished:
+        stage.advance()
+        yield item

@@ -1,0 +1,251 @@
+"""From a configuration to the parts of a run: the only place where `_target_` becomes an object."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from hydra.utils import instantiate
+
+from rlprm.actors.cluster import actor_environment, cluster
+from rlprm.actors.group import WorkerGroup, answer, resources
+from rlprm.actors.judge import Judge, JudgeActor, Judges
+from rlprm.actors.learners import NoReference, Policy, Reference, Sources
+from rlprm.actors.rollout import RolloutActor, Rollouts
+from rlprm.actors.transfer import GroupTransfer, ObjectStoreTransfer
+from rlprm.actors.worker import Worker
+from rlprm.batch import shards_needed
+from rlprm.config import Data, Model, Placement, RolloutSection, TrainConfig, VerifierSection
+from rlprm.core.gates import TrustState
+from rlprm.data.prompt_source import PromptSource, Source, held_out
+from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
+from rlprm.run import factories
+from rlprm.run.progress import Progress
+
+TRUST_DECAY = 0.9  # a PRM that worsens loses its trust within about ten steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Engines and judges: what training and evaluation share."""
+
+    rollouts: Rollouts
+    judges: Judges
+    judge_actors: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """Policy, reference and process sources on their ranks, and the way of the weights."""
+
+    policy: Policy
+    reference: Any
+    sources: Sources
+    transfer: Any
+    groups: tuple[WorkerGroup, ...]
+
+
+def made(part: Mapping[str, Any]) -> Any:
+    """The object that a `_target_` names; a partial without arguments is the function itself."""
+    built = instantiate(dict(part), _convert_="all")
+    if not isinstance(built, functools.partial):
+        return built
+    # Hydra's own kind of partial does not travel to other processes as what it names
+    return functools.partial(built.func, **built.keywords) if built.keywords else built.func
+
+
+def prompts_of(data: Data, tokenizer: Any, *, seed: int) -> PromptSource:
+    """The training prompts in their seeded order."""
+    render = made(data.template)(tokenizer)
+    sources = [Source(name, made(source.reader), source.weight) for name, source in data.train.items()]
+    return PromptSource(sources, render, seed=seed, max_prompt_tokens=data.max_prompt_tokens)
+
+
+def evaluation_sets(data: Data, tokenizer: Any, *, limit: int | None, seed: int) -> dict[str, Any]:
+    """Held-out sets by name; over-long prompts are left out and counted in them."""
+    render = made(data.template)(tokenizer)
+    return {
+        name: held_out(name, made(reader), render, max_prompt_tokens=data.max_prompt_tokens, limit=limit, seed=seed)
+        for name, reader in data.evaluation.items()
+    }
+
+
+@contextmanager
+def ray_cluster(placement: Placement, *, learners: bool) -> Iterator[None]:
+    """Ray for the actors of this placement."""
+    ranks = placement.policy_ranks + placement.prm_ranks if learners else 0
+    gpus = ranks * placement.gpus_per_rank + placement.engines * placement.gpus_per_engine
+    with cluster(
+        address=placement.ray_address,
+        num_actors=ranks + placement.engines + 1,
+        gpus=gpus,
+        object_store_bytes=placement.object_store_bytes,
+        working_dir=str(Path(__file__).resolve().parents[2]),
+    ):
+        yield
+
+
+def sampling(
+    *,
+    model: Model,
+    data: Data,
+    verifier: VerifierSection,
+    splitter: Mapping[str, Any],
+    keep: Any,
+    rollout: RolloutSection,
+    placement: Placement,
+    seed: int,
+    temperature: float,
+    max_tokens: int,
+    samples: int,
+    examples: int,
+    logs: Path,
+) -> Sampling:
+    """Start engines and judges; returns at once, `ready` waits for them."""
+    from rlprm.engine.generator_vllm import cpu_environment
+
+    tokenizer = load_tokenizer(model.path)
+    device = placement.device
+    environment = (
+        {**actor_environment(device=device, threads=placement.threads), **cpu_environment(placement.threads)}
+        if device == "cpu"
+        else actor_environment(device=device, threads=placement.threads)
+    )
+    factory = functools.partial(
+        made(rollout.engine),
+        model.path,
+        model.dtype,
+        device,
+        data.max_prompt_tokens + max_tokens,
+        placement.tensor_parallel,
+        stop_token_ids(model.path, tokenizer),
+    )
+    engines = [
+        RolloutActor.options(
+            **resources(cpus=1, gpus=placement.gpus_per_engine * placement.tensor_parallel, environment=environment)
+        ).remote(factory, str(logs / f"rollout{number}.log"))
+        for number in range(placement.engines)
+    ]
+    judge_factory = functools.partial(
+        factories.judge, model.path, verifier=_verifier(verifier), splitter=made(splitter), keep=keep
+    )
+    judges = [
+        JudgeActor.options(
+            **resources(cpus=1, gpus=0, environment=actor_environment(device="cpu", threads=1))
+        ).remote(judge_factory, str(logs / "judge0.log"))
+    ]
+    return Sampling(
+        rollouts=Rollouts(
+            engines,
+            seed=seed,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            samples=samples,
+            timeout_s=placement.stage_timeout_s,
+        ),
+        judges=Judges(
+            judges,
+            num_shards=shards_needed(placement.policy_ranks, placement.prm_ranks),
+            max_error_fraction=verifier.max_error_fraction,
+            examples=examples,
+            timeout_s=placement.stage_timeout_s,
+        ),
+        judge_actors=tuple(judges),
+    )
+
+
+def _verifier(section: VerifierSection) -> dict[str, Any]:
+    return {
+        "verifier": made(section.function),
+        "workers": section.workers,
+        "timeout_s": section.timeout_s,
+        "memory_mb": section.memory_mb,
+    }
+
+
+def learning(config: TrainConfig, *, logs: Path) -> Learning:
+    """Start the ranks of policy, reference and sources, and build their models."""
+    placement = config.placement
+    policy_group = _group("policy", placement.policy_ranks, placement, logs)
+    sources = {name: stream.source for name, stream in config.streams.items() if stream.source is not None}
+    with_model = {name for name, source in sources.items() if source.model is not None}
+    needs_reference = factories.needs_reference(config)
+    groups = [policy_group]
+    if with_model or needs_reference:
+        groups.append(_group("prm", placement.prm_ranks, placement, logs))
+    prm_group = groups[-1]
+    building = policy_group.all(lambda worker: worker.build_policy, functools.partial(factories.policy, config))
+    if needs_reference:
+        building += prm_group.all(
+            lambda worker: worker.build_reference, functools.partial(factories.reference, config)
+        )
+    places = {name: prm_group if name in with_model else policy_group for name in sources}
+    for name, group in places.items():
+        building += group.all(
+            lambda worker: worker.build_source, name, functools.partial(factories.source, config, name)
+        )
+    answer(building, what="building the models", timeout_s=placement.start_timeout_s, logs=str(logs))
+    policy = Policy(policy_group)
+    return Learning(
+        policy=policy,
+        reference=Reference(prm_group) if needs_reference else NoReference(),
+        sources=Sources(places, {name: TrustState.start(TRUST_DECAY) for name in places}),
+        transfer=_transfer(placement),
+        groups=tuple(groups),
+    )
+
+
+def _group(name: str, size: int, placement: Placement, logs: Path) -> WorkerGroup:
+    """Ranks that have found each other."""
+    environment = actor_environment(device=placement.device, threads=placement.threads)
+    workers = [
+        Worker.options(**resources(cpus=1, gpus=placement.gpus_per_rank, environment=environment)).remote(
+            str(logs / f"{name}{rank}.log")
+        )
+        for rank in range(size)
+    ]
+    timeout = placement.start_timeout_s
+    host, port = answer(workers[0].rendezvous.remote(), what=f"{name} rank 0", timeout_s=timeout, logs=str(logs))
+    joining = [
+        worker.join.remote(rank, size, host, port, placement.device, placement.collective_timeout_s)
+        for rank, worker in enumerate(workers)
+    ]
+    answer(joining, what=f"the process group of {name}", timeout_s=timeout, logs=str(logs))
+    return WorkerGroup(name, workers, timeout_s=placement.stage_timeout_s, logs=f"{logs}/{name}*.log")
+
+
+def _transfer(placement: Placement) -> ObjectStoreTransfer | GroupTransfer:
+    if placement.weight_transport == "object_store":
+        return ObjectStoreTransfer(
+            bucket_bytes=placement.weight_bucket_bytes, timeout_s=placement.stage_timeout_s
+        )
+    return GroupTransfer(
+        backend=placement.weight_transport,
+        tensor_parallel=placement.tensor_parallel,
+        bucket_bytes=placement.weight_bucket_bytes,
+        timeout_s=placement.stage_timeout_s,
+    )
+
+
+def ready(started: Sampling, placement: Placement, progress: Progress, logs: Path) -> None:
+    """Wait until engines and judges answer."""
+    waiting = [engine.ready.remote() for engine in started.rollouts.engines]
+    waiting += [judge.ready.remote() for judge in started.judge_actors]
+    with progress.stage("start rollout engines"):
+        answer(waiting, what="rollout engines and judge", timeout_s=placement.start_timeout_s, logs=str(logs))
+
+
+def stop(started: Sampling, groups: tuple[WorkerGroup, ...]) -> None:
+    """Close engines, verifier processes and learners; a part that is gone already does not stop the others."""
+    closing = [engine.close.remote() for engine in started.rollouts.engines]
+    closing += [judge.close.remote() for judge in started.judge_actors]
+    for group in groups:
+        closing += group.all(lambda worker: worker.close)
+    ray.wait(closing, num_returns=len(closing), timeout=20.0)
+    for actor in (*started.rollouts.engines, *started.judge_actors, *(w for g in groups for w in g.workers)):
+        ray.kill(actor)

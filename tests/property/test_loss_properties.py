@@ -1,0 +1,155 @@
+"""Loss and gradient of an optimizer step do not depend on how it is cut up: micro-batches, layout, padding, ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlprm.core.alignment import token_entropy, token_logprobs
+from rlprm.core.implicit import implicit_rewards, outcome_cross_entropy, sequence_sums
+from rlprm.core.kl import kl_loss
+from rlprm.core.packing import build_micro, micro_batches
+from rlprm.core.policy_loss import Denominators, aggregation_weights, ppo_clip, weighted_sum
+from rlprm.core.reduce import Identity
+from tests.property.sharding import on_ranks
+
+VOCABULARY = 7
+MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"]
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+@st.composite
+def batches(draw):
+    """Flat fields of some sequences; one of them may have no response token at all."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    count = draw(st.integers(2, 7))
+    responses = torch.randint(0, 6, (count,), generator=generator)
+    responses[0] = 3
+    prompts = torch.randint(1, 4, (count,), generator=generator)
+    lengths = prompts + responses
+    total = int(lengths.sum())
+    ends = lengths.cumsum(0).repeat_interleave(lengths)
+    mask = torch.arange(total) >= ends - responses.repeat_interleave(lengths)
+
+    def values(scale: float, shift: float = 0.0) -> torch.Tensor:
+        return torch.where(mask, scale * torch.randn(total, generator=generator) + shift, torch.nan)
+
+    return {
+        "lengths": lengths,
+        "responses": responses,
+        "tokens": torch.randint(VOCABULARY, (total,), generator=generator),
+        "mask": mask,
+        "fields": {"old": values(0.5, -2.0), "ref": values(0.5, -2.0), "advantages": values(1.0)},
+        "outcome": torch.randint(0, 2, (count,), generator=generator).float(),
+        "model": 0.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator),
+    }
+
+
+def micro_loss(model, micro, mode, denominators):
+    """A bigram model: the logits at a token depend on that token, so every shift or mix-up shows."""
+    logits = model[micro.tokens]
+    logprobs = token_logprobs(logits, micro.tokens, micro.sequence, 0.8)
+    mask, fields = micro.response_mask, micro.token_fields
+    loss, _ = ppo_clip(logprobs, fields["old"], fields["advantages"], mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    loss = loss + 0.1 * kl_loss(logprobs, fields["ref"], mask, kind="straight_through")
+    loss = loss - 0.01 * torch.where(mask, token_entropy(logits, micro.sequence, 0.8), 0.0)
+    horizon = 8 if mode == "seq-mean-token-sum-norm" else None
+    weights = aggregation_weights(
+        mask, micro.sequence, micro.num_sequences, mode=mode, denominators=denominators, horizon=horizon
+    )
+    return weighted_sum(loss, weights)
+
+
+def prm_loss(model, micro, mode, denominators):
+    logprobs = token_logprobs(model[micro.tokens], micro.tokens, micro.sequence, 1.0)
+    rewards = implicit_rewards(logprobs, micro.token_fields["ref"], micro.response_mask, 0.5)
+    sums = sequence_sums(rewards, micro.sequence, micro.num_sequences)
+    present = sequence_sums(micro.response_mask.float(), micro.sequence, micro.num_sequences) > 0
+    return outcome_cross_entropy(sums, micro.sequence_fields["outcome"], present, denominators.sequences)
+
+
+def loss_and_gradient(batch, loss_of, mode, members, layout, denominators):
+    model = batch["model"].clone().requires_grad_()
+    total = torch.zeros(())
+    for part in members:
+        micro = build_micro(
+            part,
+            batch["lengths"],
+            batch["tokens"],
+            batch["mask"],
+            batch["fields"],
+            {"outcome": batch["outcome"]},
+            layout,
+        )
+        loss = loss_of(model, micro, mode, denominators)
+        loss.backward()
+        total = total + loss.detach()
+    return total, model.grad
+
+
+def close(found, expected):
+    """Relative error of the whole gradient vector."""
+    (loss, gradient), (expected_loss, expected_gradient) = found, expected
+    assert torch.isfinite(gradient).all()
+    assert abs(float(loss - expected_loss)) <= 1e-5 * max(1.0, abs(float(expected_loss)))
+    assert float((gradient - expected_gradient).norm()) <= 1e-5 * float(expected_gradient.norm()) + 1e-9
+
+
+def whole_step(batch, loss_of, mode):
+    denominators = Denominators.count(batch["responses"], Identity())
+    every = [list(range(len(batch["lengths"])))]
+    return denominators, loss_and_gradient(batch, loss_of, mode, every, "padded", denominators)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@few
+@given(batch=batches(), budget=st.integers(4, 40), most=st.integers(1, 4))
+def test_policy_loss_does_not_depend_on_micro_batches_or_layout(mode, batch, budget, most):
+    denominators, expected = whole_step(batch, micro_loss, mode)
+    for layout in ("padded", "packed"):
+        members = micro_batches(batch["lengths"].tolist(), budget, most, layout)
+        assert sorted(sum(members, [])) == list(range(len(batch["lengths"])))
+        close(loss_and_gradient(batch, micro_loss, mode, members, layout, denominators), expected)
+
+
+@few
+@given(batch=batches(), budget=st.integers(4, 40))
+def test_prm_loss_does_not_depend_on_micro_batches_or_layout(batch, budget):
+    denominators, expected = whole_step(batch, prm_loss, "")
+    for layout in ("padded", "packed"):
+        members = micro_batches(batch["lengths"].tolist(), budget, 8, layout)
+        close(loss_and_gradient(batch, prm_loss, "", members, layout, denominators), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@few
+@given(batch=batches())
+def test_policy_loss_does_not_depend_on_the_number_of_ranks(mode, batch):
+    _, expected = whole_step(batch, micro_loss, mode)
+
+    def work(rank, reduce):
+        mine = list(range(rank, len(batch["lengths"]), 2))
+        denominators = Denominators.count(batch["responses"][mine], reduce)
+        loss, gradient = loss_and_gradient(batch, micro_loss, mode, [mine], "packed", denominators)
+        return reduce.sum(loss), reduce.sum(gradient)
+
+    for found in on_ranks(work, [0, 1]):
+        close(found, expected)
+
+
+@few
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=20),
+    budget=st.integers(1, 60),
+    most=st.integers(1, 5),
+    layout=st.sampled_from(["padded", "packed"]),
+)
+def test_micro_batches_hold_each_sequence_once_within_the_budget(lengths, budget, most, layout):
+    members = micro_batches(lengths, budget, most, layout)
+    assert sorted(sum(members, [])) == list(range(len(lengths)))
+    for part in members:
+        sizes = [lengths[index] for index in part]
+        cost = len(sizes) * max(sizes) if layout == "padded" else sum(sizes)
+        assert len(part) <= most and (cost <= budget or len(part) == 1)

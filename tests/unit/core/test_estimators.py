@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlprm.core.estimators import gae, none, step_local, to_go
+from rlprm.errors import ConfigError
+from tests.unit.core.worked import close, example, off_response, on_response, process_stream, shard_of
+
+
+def test_none_leaves_rewards_where_they_are():
+    shard = example()
+    stream = process_stream(shard)
+    close(off_response(none(stream.rewards, stream.present, shard), shard), [[0.2, -0.1], [0.1, 0.3, -0.2], [0.4]])
+
+
+def test_to_go_of_the_worked_example():
+    shard = example()
+    stream = process_stream(shard)
+    found = off_response(to_go(stream.rewards, stream.present, shard, gamma=1.0), shard)
+    close(found, [[0.1, -0.1], [0.2, 0.1, -0.2], [0.4]])
+    # gamma 0.5: 0.2 - 0.05; 0.1 + 0.15 - 0.05, 0.3 - 0.1
+    found = off_response(to_go(stream.rewards, stream.present, shard, gamma=0.5), shard)
+    close(found, [[0.15, -0.1], [0.2, 0.2, -0.2], [0.4]])
+
+
+def test_to_go_carries_through_tokens_that_were_not_sampled():
+    # tool output between the two sampled tokens: one discount, not two, and no advantage on the tool's token
+    shard = shard_of([3], [1.0])
+    mask = shard.response_mask.clone()
+    mask[0, 2] = False
+    shard = replace(shard, response_mask=mask)
+    rewards = torch.tensor([[torch.nan, 0.0, torch.nan, 1.0]])
+    assert to_go(rewards, mask, shard, gamma=0.5).tolist() == [[0.0, 0.5, 0.0, 1.0]]
+
+
+def test_step_local_pays_each_token_with_its_step():
+    # steps of y2: {0.1, 0.3} and {-0.2}
+    shard = shard_of([3, 1], [1.0, 0.0], steps=[[0, 0, 1], [0]])
+    rewards = on_response(shard, [[0.1, 0.3, -0.2], [0.4]])
+    close(off_response(step_local(rewards, shard.response_mask, shard), shard), [[0.4, 0.4, -0.2], [0.4]])
+
+
+def test_gae_golden():
+    # delta = 0.6 - 0.5, 0.7 - 0.6, 1 - 0.7; A = 0.3, 0.1 + 0.95 * 0.3, 0.1 + 0.95 * 0.385
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7]])
+    advantages, targets = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 1.0, 0.95)
+    assert advantages[0].tolist() == pytest.approx([0.46575, 0.385, 0.3], abs=1e-6)
+    assert targets[0].tolist() == pytest.approx([0.96575, 0.985, 1.0], abs=1e-6)
+
+
+def test_gae_carries_masked_tokens_through():
+    # the golden row with a tool token in the middle and padding behind: the same numbers, and 0 where masked
+    mask = torch.tensor([[True, True, False, True, False]])
+    rewards = torch.tensor([[0.0, 0.0, torch.nan, 1.0, torch.nan]])
+    values = torch.tensor([[0.5, 0.6, torch.nan, 0.7, torch.nan]])
+    advantages, targets = gae(rewards, values, mask, 1.0, 0.95)
+    assert advantages[0].tolist() == pytest.approx([0.46575, 0.385, 0.0, 0.3, 0.0], abs=1e-6)
+    assert targets[0].tolist() == pytest.approx([0.96575, 0.985, 0.0, 1.0, 0.0], abs=1e-6)
+
+
+def test_discounts_outside_the_unit_interval_are_refused():
+    shard = example()
+    stream = process_stream(shard)
+    with pytest.raises(ConfigError, match="gamma is 1.5"):
+        to_go(stream.rewards, stream.present, shard, gamma=1.5)
+    with pytest.raises(ConfigError, match="lam is -0.1"):
+        gae(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0, -0.1)
