@@ -204,7 +204,9 @@ class Judges:
             "keep/prompts_sampled": float(len(everything)),
             "keep/prompts_kept": float(len(accepted)),
             "keep/prompts_surplus": float(kept - len(accepted)),
+            "keep/frac_kept": kept / len(everything),
             "keep/rollouts_sampled": float(len(rows)),
-            "verifier/absent": float(len(absent)),
+            "verifier/frac_absent": len(absent) / len(rows),
+            "verifier/failures": float(sum("timeout" not in row.reason for row in absent)),
             "verifier/timeouts": float(sum("timeout" in row.reason for row in absent)),
         }

@@ -216,8 +216,10 @@ METRICS: tuple[MetricSpec, ...] = (
         rows_total | 1    | rows seen so far
         """),
     *_family("data/", "driver", """
-        prompts          | 1 | prompts in the source after filtering
-        prompts_too_long | 1 | prompts dropped for their length
+        {source}/num_rows         | 1 | rows of the data source
+        {source}/num_without_gold | 1 | rows left out because they have no gold answer
+        {source}/num_too_long     | 1 | rows left out because their prompt is too long
+        {source}/epoch            | 1 | passes through the source so far
         """),
     *_family("alarm/", "driver", """
         {metric} | 1 | 1 while the metric is outside its band

@@ -100,6 +100,7 @@ class Loadable(ABC):
         self.version = 0
         self._expected = expected
         self._in_flight = 0
+        self._joined = False
         self._broken = ""
 
     def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> str:
@@ -122,6 +123,7 @@ class Loadable(ABC):
 
         ``digest`` False spares the hash (about a second per 2 GB) and returns "".
         """
+        assert self._joined, "join_group() comes before load_group()"
         self._begin(manifest)
         return self._done(version, self._load_group(manifest, bucket_bytes, digest))
 
@@ -130,14 +132,24 @@ class Loadable(ABC):
         self._require_whole()
         manifest.require(self._expected)
 
-    @abstractmethod
     def join_group(self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float) -> None:
-        """Join the sender's group with :attr:`group_ranks` ranks from ``first_rank``; a group joined before is left."""
+        """Join the sender's group with :attr:`group_ranks` ranks from ``first_rank``; a group joined before is left.
+
+        Blocks until all ``world`` processes have called :func:`~rlprm.engine.weights.make_group`, or ``timeout_s``.
+        """
+        self._joined = False
+        self._join_group(host, port, first_rank, world, backend, timeout_s)
+        self._joined = True
 
     @property
     @abstractmethod
     def group_ranks(self) -> int:
         """How many receivers this engine brings into a group."""
+
+    @abstractmethod
+    def _join_group(
+        self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
+    ) -> None: ...
 
     @abstractmethod
     def _load_buckets(self, manifest: Manifest, packed: Sequence[Tensor | np.ndarray]) -> str: ...

@@ -69,10 +69,6 @@ class HfGenerator(Loadable):
             row for at in range(0, len(tokens), size) for row in self._score_rows(tokens[at : at + size], temperature)
         ]
 
-    def join_group(self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float) -> None:
-        """Join the sender's group as rank ``first_rank``."""
-        self._group = make_group(host, port, first_rank, world, backend, timeout_s)
-
     @property
     def group_ranks(self) -> int:
         """How many receivers this engine brings into a group."""
@@ -83,13 +79,18 @@ class HfGenerator(Loadable):
         self._broken = "the engine was closed"
         self._weights, self._model, self._group = {}, torch.nn.Identity(), None
 
+    def _join_group(
+        self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
+    ) -> None:
+        self._group = make_group(host, port, first_rank, world, backend, timeout_s)
+
     def _load_buckets(self, manifest: Manifest, packed: Sequence[Tensor | np.ndarray]) -> str:
         digest = Digest()
         self._copy(recorded(unpack(manifest, packed), digest))
         return digest.hexdigest()
 
     def _load_group(self, manifest: Manifest, bucket_bytes: int, digest: bool) -> str:
-        assert self._group is not None, "join_group comes before load_group"
+        assert self._group is not None
         seen = Digest()
         received = unpack(manifest, receive(self._group, manifest, bucket_bytes))
         self._copy(recorded(received, seen if digest else None))

@@ -106,10 +106,6 @@ class VllmLoadable(Loadable):
         """How many receivers this engine brings into a group: one per worker."""
         return self._settings.tensor_parallel_size
 
-    def join_group(self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float) -> None:
-        """Join the sender's group with all workers, as ranks ``first_rank``..."""
-        self._call_workers("rlprm_join_group", host, port, first_rank, world, backend, timeout_s)
-
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Rollout]]:
         """Yield the rollouts of one request as soon as all of them have finished, in any order of requests.
 
@@ -178,6 +174,11 @@ class VllmLoadable(Loadable):
             version=self.version,
             seed=request.seeds[sample],
         )
+
+    def _join_group(
+        self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
+    ) -> None:
+        self._call_workers("rlprm_join_group", host, port, first_rank, world, backend, timeout_s)
 
     def _load_buckets(self, manifest: Manifest, packed: Sequence[Tensor | np.ndarray]) -> str:
         if self._local:

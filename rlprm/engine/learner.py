@@ -150,7 +150,7 @@ class Learner:
         if not math.isfinite(grad_norm):
             raise NonFinite(f"optimizer step {self.steps + 1} was not taken: the gradient norm is {grad_norm}")
         self.steps += 1
-        return {**metrics.merge(measured), "grad_norm": grad_norm, "lr": lr}
+        return {**metrics.merged(measured), "grad_norm": grad_norm, "lr": lr}
 
     def _outputs(self, micro: MicroBatch, temperature: float, entropy: bool) -> Outputs:
         first, second = self._engine(micro, temperature, entropy)

@@ -100,7 +100,7 @@ class VllmAsyncGenerator(VllmLoadable):
 
 
 async def _end(engine: Any) -> None:
-    """Shut the engine down and wait for the tasks it leaves in the loop: a loop that stops first complains about them."""
+    """Shut the engine down and see off the tasks it leaves in the loop, which would complain about a stopped one."""
     engine.shutdown()
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in left:

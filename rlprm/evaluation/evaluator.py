@@ -83,7 +83,11 @@ class Evaluator:
 def greedy(groups: Sequence[Group], name: str) -> dict[str, float]:
     """Accuracy of greedy responses; a response without verdict is left out and counted."""
     outcomes = [row.outcome for group in groups for row in group.rows]
-    return {f"val-core/{name}/accuracy/greedy": _mean(outcomes), f"val-core/{name}/absent/greedy": _absent(outcomes)}
+    return {
+        f"val-core/{name}/accuracy/greedy": _mean(outcomes),
+        f"val-aux/{name}/num_prompts": float(len(groups)),
+        f"val-aux/{name}/frac_absent": _absent(outcomes) / len(outcomes),
+    }
 
 
 def sampled(groups: Sequence[Group], name: str) -> dict[str, float]:
@@ -92,7 +96,6 @@ def sampled(groups: Sequence[Group], name: str) -> dict[str, float]:
     outcomes = [row.outcome for group in groups for row in group.rows]
     metrics = {
         f"val-core/{name}/accuracy/mean@{size}": _mean(outcomes),
-        f"val-core/{name}/absent/mean@{size}": _absent(outcomes),
     }
     if size > 1:
         solved = [pass_at_k(size, sum(row.outcome == 1 for row in group.rows), size) for group in groups]

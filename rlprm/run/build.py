@@ -171,14 +171,16 @@ def _verifier(section: VerifierSection) -> dict[str, Any]:
 def learning(config: TrainConfig, *, logs: Path) -> Learning:
     """Start the ranks of policy, reference and sources, and build their models."""
     placement = config.placement
-    policy_group = _group("policy", placement.policy_ranks, placement, logs)
     sources = {name: stream.source for name, stream in config.streams.items() if stream.source is not None}
     with_model = {name for name, source in sources.items() if source.model is not None}
     needs_reference = factories.needs_reference(config)
-    groups = [policy_group]
+    sizes = {"policy": placement.policy_ranks}
     if with_model or needs_reference:
-        groups.append(_group("prm", placement.prm_ranks, placement, logs))
-    prm_group = groups[-1]
+        sizes["prm"] = placement.prm_ranks
+    # all processes start at once: starting and importing is most of the wait
+    workers = {name: _workers(name, size, placement, logs) for name, size in sizes.items()}
+    groups = [_joined(name, members, placement, logs) for name, members in workers.items()]
+    policy_group, prm_group = groups[0], groups[-1]
     building = policy_group.all(lambda worker: worker.build_policy, functools.partial(factories.policy, config))
     if needs_reference:
         building += prm_group.all(
@@ -200,19 +202,23 @@ def learning(config: TrainConfig, *, logs: Path) -> Learning:
     )
 
 
-def _group(name: str, size: int, placement: Placement, logs: Path) -> WorkerGroup:
-    """Ranks that have found each other."""
+def _workers(name: str, size: int, placement: Placement, logs: Path) -> list[Any]:
+    """Ranks that are starting."""
     environment = actor_environment(device=placement.device, threads=placement.threads)
-    workers = [
+    return [
         Worker.options(**resources(cpus=1, gpus=placement.gpus_per_rank, environment=environment)).remote(
             str(logs / f"{name}{rank}.log")
         )
         for rank in range(size)
     ]
+
+
+def _joined(name: str, workers: list[Any], placement: Placement, logs: Path) -> WorkerGroup:
+    """Ranks that have found each other."""
     timeout = placement.start_timeout_s
     host, port = answer(workers[0].rendezvous.remote(), what=f"{name} rank 0", timeout_s=timeout, logs=str(logs))
     joining = [
-        worker.join.remote(rank, size, host, port, placement.device, placement.collective_timeout_s)
+        worker.join.remote(rank, len(workers), host, port, placement.device, placement.collective_timeout_s)
         for rank, worker in enumerate(workers)
     ]
     answer(joining, what=f"the process group of {name}", timeout_s=timeout, logs=str(logs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,24 +23,28 @@ class Recorder:
         clock: Any,
         transfer: Any,
         prompts: Any,
+        rollouts_total: float,
+        version: float,
         progress: Callable[[str], None],
     ) -> None:
         self._trackers = trackers
         self._clock = clock
         self._transfer = transfer
         self._prompts = prompts
+        self.rollouts_total = rollouts_total
+        self.version = version  # of the policy that sampled the next batch
         self._progress = progress
         self._held: tuple[int, dict[str, float]] | None = None
-        self._began = time.perf_counter()
 
     def record(self, step: int, kept: Batch, scored: Any, credit: Any, learned: Sequence[Mapping[str, float]]) -> None:
         """The metrics of one training step."""
         self.flush()
         credited, readable = credit.result()
+        self.rollouts_total += kept.counts["keep/rollouts_sampled"]
         timing = self._clock.collect()
         metrics = {
             **lengths(kept.rows),
-            **staleness(kept.rows),
+            **staleness(kept.rows, self.version),
             **kept.counts,
             **selected(kept),
             **scored.metrics,
@@ -49,9 +52,12 @@ class Recorder:
             **{name: value for one in learned for name, value in one.items()},
             **self._transfer.metrics,
             **self._prompts.metrics(),
+            "training/global_step": float(step),
+            "training/rollouts_total": self.rollouts_total,
             **timing,
             **performance(kept.rows, timing["timing_s/step"]),
         }
+        self.version = self._transfer.metrics["weights/version"]
         self._held = (step, metrics)
         self._trackers.rollouts(step, readable)
         self._progress(_line(metrics))
@@ -85,28 +91,31 @@ def lengths(rows: Sequence[Row]) -> dict[str, float]:
         "response_length/max": float(max(responses)),
         "response_length/min": float(min(responses)),
         "response_length/clip_ratio": sum(row.finish == "length" for row in rows) / len(rows),
-        "response_length/steps_mean": sum(steps) / len(rows),
+        "process_steps/mean": sum(steps) / len(rows),
+        "process_steps/max": float(max(steps)),
+        "process_steps/frac_single": sum(step == 1 for step in steps) / len(rows),
         "prompt_length/mean": sum(prompts) / len(rows),
         "prompt_length/max": float(max(prompts)),
         "prompt_length/min": float(min(prompts)),
     }
 
 
-def staleness(rows: Sequence[Row]) -> dict[str, float]:
-    """How many policy versions the batch mixes (1: all of it is on-policy)."""
-    versions = {row.version for row in rows}
-    return {"staleness/num_versions": float(len(versions)), "staleness/version_min": float(min(versions))}
+def staleness(rows: Sequence[Row], version: float) -> dict[str, float]:
+    """Optimizer steps between the weights that sampled and those that were trained (``version`` before the update)."""
+    gaps = [version - row.version for row in rows]
+    return {"staleness/mean": sum(gaps) / len(gaps), "staleness/max": max(gaps)}
 
 
 def selected(kept: Batch) -> dict[str, float]:
-    """Rollouts that train the policy, and accepted ones that do not."""
+    """Rollouts that were accepted, and those of them that train the policy; the fresh ones' accuracy."""
     accepted = sum(row.train for row in kept.rows)
     chosen = sum(kept.selected)
     fresh = [row.outcome for row in kept.rows if row.fresh and row.outcome is not None]
     return {
-        "select/rollouts": float(chosen),
-        "select/dropped": float(accepted - chosen),
-        "training/accuracy_fresh": sum(fresh) / len(fresh) if fresh else float("nan"),
+        "select/rows_in": float(accepted),
+        "select/rows_out": float(chosen),
+        "select/frac_kept": chosen / accepted,
+        "keep/outcome_mean_fresh": sum(fresh) / len(fresh) if fresh else float("nan"),
     }
 
 
@@ -117,6 +126,7 @@ def performance(rows: Sequence[Row], seconds: float) -> dict[str, float]:
     resident = own.memory_info().rss + sum(_rss(child) for child in own.children(recursive=True))
     return {
         "perf/total_num_tokens": float(tokens),
+        "perf/time_per_step": seconds,
         "perf/throughput": tokens / seconds,
         "perf/cpu_memory_used_gb": resident / 1e9,
     }
@@ -130,7 +140,7 @@ def _rss(process: psutil.Process) -> int:
 
 
 def _line(metrics: Mapping[str, float]) -> str:
-    words = [f"sampled accuracy {metrics['training/accuracy_fresh']:.2f}"]
+    words = [f"sampled accuracy {metrics['keep/outcome_mean_fresh']:.2f}"]
     if "prm/auc_fresh" in metrics:
         words.append(f"PRM AUC {metrics['prm/auc_fresh']:.2f} (surprisal {metrics['prm/auc_surprisal']:.2f})")
     return ", ".join(words)

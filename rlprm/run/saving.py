@@ -47,6 +47,8 @@ class Checkpoints:
     def state(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
+            "version": self._recorder.version,
+            "rollouts_total": self._recorder.rollouts_total,
             "prompts": self._prompts.state(),
             "trust": {name: trust.to_dict() for name, trust in self._sources.trust.items()},
         }

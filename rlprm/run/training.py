@@ -96,6 +96,8 @@ def assembled(
             clock=clock,
             transfer=learning.transfer,
             prompts=prompts,
+            rollouts_total=0.0 if found is None else float(found[1]["rollouts_total"]),
+            version=0.0 if found is None else float(found[1]["version"]),
             progress=lambda words: bar.advance(1, words),
         )
         stack.callback(recorder.close)

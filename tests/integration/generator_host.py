@@ -46,6 +46,10 @@ class Host:
         if self._current != (kind, model_path):
             self.start(kind, model_path, settings)
 
+    def forget(self) -> None:
+        """The present generator is of no more use."""
+        self._current = None
+
     def post(self, name: str, *args: Any) -> None:
         """Ask without waiting; :meth:`answer` waits."""
         assert self._child.stdin is not None
@@ -159,6 +163,20 @@ class Commands:
         except RuntimeError as error:
             return [str(error), first, *running]
         return []
+
+    def plays_the_role(self) -> bool:
+        from rlprm.roles import Generator
+
+        return isinstance(self.generator, Generator)
+
+    def generate_while_the_engine_dies(self, requests: list[Any]) -> list[Any]:
+        import psutil
+
+        running = self.generator.generate(requests)
+        first = next(running)
+        children = psutil.Process().children(recursive=True)
+        max(children, key=lambda child: child.memory_info().rss).kill()
+        return [first, *running]
 
     def close_half_way(self, requests: list[Any]) -> list[Any]:
         running = self.generator.generate(requests)

@@ -12,7 +12,7 @@ import torch
 
 from rlprm.engine.generator_vllm import VllmGenerator, VllmSettings, cpu_environment
 from rlprm.engine.weights import Manifest, buckets, digest_of, free_port, make_group, named_weights, send
-from rlprm.errors import ConfigError, StaleWeights
+from rlprm.errors import ConfigError, StaleWeights, WorkerLost
 from rlprm.roles import Prompt, Request, Rollout
 from tests.integration import tiny_models
 from tests.integration.generator_host import Host
@@ -213,6 +213,10 @@ def test_weights_do_not_change_in_the_middle_of_a_response(fresh: Any) -> None:
     assert fresh.host.call("version") == 0
 
 
+def test_every_engine_plays_the_role(fresh: Any) -> None:
+    assert fresh.host.call("plays_the_role")
+
+
 def test_closing_the_iterator_leaves_the_engine_free(fresh: Any) -> None:
     many = [request([1, 2], (0,), max_tokens=2), *(request([n], (1,), max_tokens=300) for n in range(3, 12))]
     assert len(fresh.host.call("close_half_way", many)) == 1
@@ -298,3 +302,11 @@ def test_what_vllm_itself_cannot_do_is_a_config_error(tied: Any, tmp_path: Path)
     with pytest.raises(ConfigError, match="heads have 16 numbers"):
         tied.host.start("vllm", str(tmp_path), VLLM)
     tied.host.start("vllm", tied.path, VLLM)
+
+
+@pytest.mark.parametrize("engine", ["async-untied"], indirect=True)
+def test_the_death_of_the_engine_process_is_a_typed_error(fresh: Any) -> None:
+    many = [request([1, 2], (0,), max_tokens=1), *(request([n], tuple(range(8)), max_tokens=300) for n in range(3, 40))]
+    with pytest.raises(WorkerLost, match="engine process has ended"):
+        fresh.host.call("generate_while_the_engine_dies", many)
+    fresh.host.forget()

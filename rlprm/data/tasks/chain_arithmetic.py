@@ -291,12 +291,19 @@ def build_tokenizer():
 
 
 def write_model_folder(
-    path: str | Path, seed: int, *, hidden: int = 128, layers: int = 4, heads: int = 4, context: int = 256
+    path: str | Path,
+    seed: int,
+    *,
+    hidden: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    mlp: int = 320,
+    context: int = 256,
 ) -> None:
     """Write a Qwen2-style model with random weights, its tokenizer and its configs, as any Hugging Face folder.
 
-    ``hidden`` is the width, with an MLP of 3 times that; ``context`` the longest sequence in tokens. Embeddings are
-    tied, weights are float32: 0.86 M parameters (3.4 MB) with the values given here.
+    ``hidden`` and ``mlp`` are the widths of the residual stream and the MLP, ``context`` the longest sequence in
+    tokens. Embeddings are tied, weights are float32: 0.57 M parameters (2.3 MB) with the values given here.
 
     Raises:
         ConfigError: ``hidden`` is not an even multiple of ``heads``.
@@ -310,7 +317,7 @@ def write_model_folder(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
