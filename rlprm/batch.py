@@ -130,6 +130,29 @@ def jagged(
     )
 
 
+def jagged_texts(examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> JaggedShard:
+    """(prompt tokens, response tokens) pairs as a shard to learn from; each is a group and a step of its own."""
+    prompts, lengths = [len(p) for p, _ in examples], [len(p) + len(r) for p, r in examples]
+    count, total = len(examples), sum(lengths)
+    no, yes = torch.zeros(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+    return JaggedShard(
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        prompt_lengths=torch.tensor(prompts, dtype=torch.int64),
+        outcome=torch.zeros(count),
+        outcome_present=no,
+        group=torch.arange(count),
+        version=torch.zeros(count, dtype=torch.int64),
+        truncated=no,
+        fresh=no,
+        train=yes,
+        row=torch.arange(count),
+        tokens=torch.tensor([token for p, r in examples for token in (*p, *r)], dtype=torch.int64),
+        rollout_logprobs=torch.zeros(total),
+        step_index=torch.tensor([step for p, r in examples for step in [-1] * len(p) + [0] * len(r)]),
+        step_label=torch.full((total,), -1),
+    )
+
+
 def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:
     """Which groups go to which shard: largest first onto the lightest shard, so that tokens are even.
 

@@ -295,7 +295,8 @@ class SftConfig(Section):
     seed: Annotated[int, Field(ge=0)]
     steps: Count  # optimizer steps
     batch_size: Count  # examples per optimizer step
-    examples: Part  # indexable (prompt, response) texts
+    examples: Part  # (question, response) texts
+    template: Part  # how a question becomes a prompt
     initial: Part | None  # makes the initial model folder; null: model.path exists
     model: Model
     learner: LearnerSection

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlprm.batch import Batch
 from rlprm.errors import NoLearningSignal
 
 
+@runtime_checkable
 class Clock(Protocol):
     """Names where the time of a step goes."""
 
@@ -50,7 +51,8 @@ class Run:
 def train(run: Run) -> None:
     """Reinforcement learning from outcomes and process rewards, from the first step to the last."""
     publish(run)
-    evaluate(run, run.first_step - 1)
+    if run.first_step == 1:
+        evaluate(run, 0)
     for step in range(run.first_step, run.last_step + 1):
         with run.clock.stage("step"):
             batch = collect(run, step)
@@ -65,7 +67,7 @@ def train(run: Run) -> None:
             publish(run)
         run.recorder.record(step, kept, scored, credit, learned)
         evaluate(run, step)
-        run.checkpoints.save(step)
+        save(run, step)
 
 
 def collect(run: Run, step: int) -> Batch:
@@ -127,3 +129,9 @@ def evaluate(run: Run, step: int) -> None:
     """Held-out accuracy, when it is due."""
     with run.clock.stage("testing"):
         run.evaluator.evaluate(step, last=step == run.last_step)
+
+
+def save(run: Run, step: int) -> None:
+    """Everything the next step depends on, all or nothing, when it is due."""
+    with run.clock.stage("save_checkpoint"):
+        run.checkpoints.save(step)

@@ -67,7 +67,6 @@ class Judge:
         self._pool.close()
 
 
-@ray.remote
 class JudgeActor:
     """A process of the role `judge`."""
 

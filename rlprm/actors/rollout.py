@@ -14,6 +14,9 @@ from rlprm.errors import RlprmError, WorkerLost
 from rlprm.roles import Generator, Prompt, Request, Rollout
 
 
+MAX_TRIES = 3  # of a group that the engine aborts
+
+
 def seed_of(run_seed: int, *parts: object) -> int:
     """A 48-bit seed that depends on every part: no two (step, prompt, sample) share one.
 
@@ -24,7 +27,6 @@ def seed_of(run_seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
 
 
-@ray.remote
 class RolloutActor:
     """One engine in its own process."""
 
@@ -35,21 +37,41 @@ class RolloutActor:
     def ready(self) -> bool:
         return True
 
-    def sample(self, requests: list[tuple[int, Request]]) -> Iterator[tuple[int, list[Rollout]] | int]:
-        """Groups as they finish: first the index of the request (small), then its rollouts (stay in the store)."""
-        index_of = {request.seeds[0]: index for index, request in requests}
-        for rollouts in self._generator.generate([request for _, request in requests]):
-            yield index_of[rollouts[0].seed]
-            yield rollouts
+    def sample(self, requests: list[tuple[int, Request]]) -> Iterator[tuple[int, int] | list[Rollout]]:
+        """Groups as they finish: first (index of the request, samples that were aborted), then the rollouts.
+
+        The pair is small and goes to the driver; the rollouts stay in the object store. What the engine aborts is
+        sampled again with the same seeds: a fragment must never look like a response.
+        """
+        waiting, tries = requests, 0
+        while waiting:
+            if tries == MAX_TRIES:
+                raise WorkerLost(f"the engine aborted {len(waiting)} groups {tries} times; see its log")
+            tries += 1
+            index_of = {request.seeds[0]: (index, request) for index, request in waiting}
+            waiting = []
+            for rollouts in self._generator.generate([request for _, request in index_of.values()]):
+                index, request = index_of[rollouts[0].seed]
+                if any(rollout.finish == "abort" for rollout in rollouts):
+                    waiting.append((index, request))
+                    continue
+                yield index, (tries - 1) * len(rollouts)
+                yield rollouts
 
     def load_buckets(self, version: int, manifest: Any, references: list[Any]) -> str:
         return self._generator.load_buckets(version, manifest, ray.get(references))
 
-    def join_transfer(self, *arguments: Any) -> None:
-        self._generator.join_transfer(*arguments)
+    def check(self, manifest: Any) -> None:
+        self._generator.check(manifest)
 
-    def receive(self, version: int, manifest: Any, bucket_bytes: int) -> str:
-        return self._generator.receive(version, manifest, bucket_bytes)
+    def group_ranks(self) -> int:
+        return self._generator.group_ranks
+
+    def join_group(self, host: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
+        self._generator.join_group(host, port, rank, world_size, backend, timeout_s)
+
+    def load_group(self, version: int, manifest: Any, bucket_bytes: int) -> str:
+        return self._generator.load_group(version, manifest, bucket_bytes, True)
 
     def logprobs(self, tokens: list[list[int]], temperature: float) -> list[list[float]]:
         return self._generator.logprobs(tokens, temperature)
@@ -70,6 +92,7 @@ class Rollouts:
         self._max_tokens = max_tokens
         self._samples = samples
         self._timeout_s = timeout_s
+        self.aborted = 0  # responses that an engine gave up and sampled again
 
     def requests(self, prompts: Sequence[Prompt], *key: object) -> list[Request]:
         """Training requests; ``key`` (step, round) makes their seeds unlike those of every other step."""
@@ -103,7 +126,8 @@ class Rollouts:
                 raise WorkerLost(f"no rollout engine finished a group within {self._timeout_s:.0f} s; see their logs")
             stream = ready[0]
             try:
-                index = ray.get(next(stream), timeout=self._timeout_s)
+                index, aborted = ray.get(next(stream), timeout=self._timeout_s)
+                self.aborted += aborted
                 yield index, next(stream)
             except StopIteration:
                 streams.remove(stream)

@@ -39,9 +39,8 @@ class ObjectStoreTransfer:
 class GroupTransfer:
     """Rank 0 broadcasts buckets to all engine processes over gloo or NCCL: the way between GPUs and between nodes."""
 
-    def __init__(self, *, backend: str, tensor_parallel: int, bucket_bytes: int, timeout_s: float) -> None:
+    def __init__(self, *, backend: str, bucket_bytes: int, timeout_s: float) -> None:
         self._backend = backend
-        self._tensor_parallel = tensor_parallel
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._joined = False
@@ -57,9 +56,11 @@ class GroupTransfer:
             self._join(policy, rollouts)
         manifest = policy.group.get(policy.group.all(lambda worker: worker.manifest), "manifest")[0]
         version = policy.version()
+        # a manifest that an engine refuses must be refused before anybody sends, or the sender waits for nobody
+        self._ask([engine.check.remote(manifest) for engine in rollouts.engines])
         sending = policy.group.all(lambda worker: worker.send_weights, self._bucket_bytes)
-        receiving = [engine.receive.remote(version, manifest, self._bucket_bytes) for engine in rollouts.engines]
-        received = answer(receiving, what="rollout engines (new weights)", timeout_s=self._timeout_s)
+        receiving = [engine.load_group.remote(version, manifest, self._bucket_bytes) for engine in rollouts.engines]
+        received = self._ask(receiving)
         digest = policy.group.get(sending, "weights")[0]
         check_digests(version, digest, received)
         self.metrics = {"weights/version": float(version), "weights/bytes": float(manifest.nbytes)}
@@ -67,13 +68,17 @@ class GroupTransfer:
     def _join(self, policy: Policy, rollouts: Rollouts) -> None:
         first = policy.group.workers[0]
         host, port = policy.group.get(first.rendezvous.remote(), "rendezvous")
-        world = 1 + self._tensor_parallel * len(rollouts.engines)
+        sizes = self._ask([engine.group_ranks.remote() for engine in rollouts.engines])
+        world = 1 + sum(sizes)
         joining = [first.join_transfer.remote(host, port, 0, world, self._backend, self._timeout_s)]
         for number, engine in enumerate(rollouts.engines):
-            rank = 1 + number * self._tensor_parallel
-            joining.append(engine.join_transfer.remote(host, port, rank, world, self._backend, self._timeout_s))
-        answer(joining, what="weight transfer group", timeout_s=self._timeout_s)
+            rank = 1 + sum(sizes[:number])
+            joining.append(engine.join_group.remote(host, port, rank, world, self._backend, self._timeout_s))
+        self._ask(joining)
         self._joined = True
+
+    def _ask(self, references: list[Any]) -> list[Any]:
+        return answer(references, what="rollout engines (new weights)", timeout_s=self._timeout_s)
 
 
 def check_digests(version: int, sent: str, received: list[str]) -> None:

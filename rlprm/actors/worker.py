@@ -25,7 +25,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@ray.remote
 class Worker:
     """Hosts the roles that were built on it; each method unpacks shards, calls one role, and packs the answer."""
 
@@ -34,6 +33,7 @@ class Worker:
         self._policy: Any = None
         self._reference: Any = None
         self._sources: dict[str, Any] = {}
+        self._supervised: Any = None
 
     def rendezvous(self) -> tuple[str, int]:
         return ray.util.get_node_ip_address(), free_port()
@@ -50,6 +50,15 @@ class Worker:
 
     def build_source(self, name: str, factory: Callable[[], Any]) -> None:
         self._sources[name] = factory()
+
+    def build_supervised(self, factory: Callable[[], Any]) -> None:
+        self._supervised = factory()
+
+    def advance_supervised(self, steps: int) -> Measured:
+        return self._supervised.advance(steps)
+
+    def export_supervised(self, folder: str) -> str:
+        return self._supervised.export(folder)
 
     def policy_logprobs(self, shards: list[Any]) -> Any:
         return self._per_shard(shards, "old_log_prob", self._policy.logprobs)

@@ -49,6 +49,10 @@ class Composed:
         return "\n".join(f"{f'{key} = {value!r}':<{width}}  # {self.origins.get(key, '?')}" for key, value in leaves)
 
 
+# `${recipe_dir:NAME}`: where a recipe's own files lie, in a checkout as in an installed wheel
+OmegaConf.register_new_resolver("recipe_dir", lambda name: str(recipes_dir() / name), replace=True)
+
+
 def composed(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
     """The configuration ``conf/<name>.yaml`` under ``overrides``, interpolations resolved.
 

@@ -88,7 +88,7 @@ def token_entropy(
 
 
 def token_values(outputs: Float[Tensor, "b t"], sequence: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-    """``V[b, t] = outputs[b, t - 1]``: the value of the state in which ``tokens[b, t]`` was chosen; 0 where there is none.
+    """``V[b, t] = outputs[b, t - 1]``: the value of the state in which ``tokens[b, t]`` was chosen, else 0.
 
     ``outputs[b, t]`` is what a value head says after reading ``tokens[b, t]``.
 

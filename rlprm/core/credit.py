@@ -17,7 +17,8 @@ from rlprm.core.estimators import gae, none
 from rlprm.core.gates import open_gate, trust_gate
 from rlprm.core.normalize import check_axes, is_raw, normalize
 from rlprm.core.reduce import Identity
-from rlprm.core.whiten import Whiten, whiten as whitened
+from rlprm.core.whiten import Whiten
+from rlprm.core.whiten import whiten as whitened
 from rlprm.errors import ConfigError
 from rlprm.records import Advantages, Shard, Stream
 from rlprm.roles import Reduce

@@ -34,10 +34,7 @@ def to_go(
     """
     _check("gamma", gamma)
     received = known(rewards, present & shard.response_mask)
-    if gamma == 1:
-        returns = received.flip(1).cumsum(1).flip(1)
-    else:
-        returns = _suffix(received, shard.response_mask, gamma)
+    returns = received.flip(1).cumsum(1).flip(1) if gamma == 1 else _suffix(received, shard.response_mask, gamma)
     return torch.where(shard.response_mask, returns, torch.zeros_like(returns)).to(rewards.dtype)
 
 

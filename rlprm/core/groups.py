@@ -1,8 +1,8 @@
 """Statistics over groups of entries, in float64, over present entries only.
 
-A group is a set of entries with the same id; ids need not be contiguous, sorted or small (row order changes with length
-balancing and packing: implementations that loop over blocks of K rows corrupt their baselines silently). All functions
-return one value per *entry*, so nothing has to be looked up again. ``present`` False means that the entry takes no part:
+A group is a set of entries with the same id; ids need not be contiguous, sorted or small (length balancing and packing
+change the row order, and implementations that loop over blocks of K rows corrupt their baselines silently). Functions
+return one value per *entry*, so nothing is looked up again. ``present`` False means that the entry takes no part:
 its value is never read and its result is 0.
 """
 

@@ -9,9 +9,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, reduce as fold
+from functools import cache
+from functools import reduce as fold
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 

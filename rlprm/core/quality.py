@@ -52,7 +52,7 @@ def auc(rewards: Float[Tensor, " n"], right: Bool[Tensor, " n"]) -> float | None
     positives, negatives = int(right.sum()), int((~right).sum())
     if positives == 0 or negatives == 0:
         return None
-    values, inverse, counts = torch.unique(rewards.double(), return_inverse=True, return_counts=True)
+    _values, inverse, counts = torch.unique(rewards.double(), return_inverse=True, return_counts=True)
     ranks = counts.cumsum(0) - (counts - 1) / 2  # average 1-based rank of each tie
     rank_sum = float(ranks[inverse][right].double().sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)

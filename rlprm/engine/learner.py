@@ -43,10 +43,13 @@ class Outputs:
 
     @property
     def anchor(self) -> Float[Tensor, ""]:
-        """0 with the graph of the whole model: a loss of nothing that still takes part in every collective."""
-        reached = self.logprobs if self.logprobs is not None else self.values
-        assert reached is not None
-        return 0.0 * torch.where(reached.isfinite(), reached, 0.0).sum()
+        """0 with the graph of the whole model: a loss of nothing that still takes part in every collective.
+
+        It reaches every output, whatever the loss of a rank uses: under ZeRO-3 each output that takes part in the
+        backward pass gathers weights, and ranks that gather in different orders wait for each other for ever.
+        """
+        reached = [x for x in (self.logprobs, self.entropy, self.values) if x is not None]
+        return 0.0 * sum((torch.where(x.isfinite(), x, 0.0).sum() for x in reached), start=reached[0].new_zeros(()))
 
 
 # (micro-batch on the learner's device, outputs) -> (loss already divided by its global denominators, typed metrics)

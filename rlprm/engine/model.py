@@ -1,4 +1,4 @@
-"""Hugging Face causal language models and value models: loading, forward passes in both layouts, log-probs in chunks."""
+"""Hugging Face causal language and value models: loading, forward passes in both layouts, log-probs in chunks."""
 
 from __future__ import annotations
 
@@ -223,8 +223,12 @@ def _load(
     **overrides: Any,
 ) -> nn.Module:
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     local_only = _local_only(path)
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights: checked below, as an error
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local_only, trust_remote_code=False, **overrides)
         _no_dropout(config)
@@ -241,6 +245,8 @@ def _load(
         raise ConfigError(
             f"model {path!r} cannot be loaded as {kind.__name__} with attention={attention}: {error}"
         ) from error
+    finally:
+        logging.set_verbosity(loud)
     missing = sorted(set(info["missing_keys"]) - set(allow_missing))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:  # transformers would only warn and train random weights

@@ -14,7 +14,7 @@ from rlprm.engine import model as models
 from rlprm.engine.schedule import ScheduleKind, check
 from rlprm.errors import ConfigError
 
-# ZeRO-3 keeps parameters of fewer elements whole on every rank (norms, biases): gathering them costs more than it saves.
+# ZeRO-3 keeps parameters of fewer elements whole on every rank (norms, biases): gathering costs more than it saves.
 PERSISTENT_ELEMENTS = 100_000
 
 

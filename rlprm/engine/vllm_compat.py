@@ -150,6 +150,9 @@ def _started(engine: Any, arguments: Any, model_path: str, settings: VllmSetting
         ) from error
 
 
+PREFILL_TOKENS = 2048  # prompt tokens that one pass of a CPU engine takes in
+
+
 def _values(model_path: str, settings: VllmSettings) -> dict[str, Any]:
     memory = (
         {"kv_cache_memory_bytes": settings.kv_cache_bytes}
@@ -172,4 +175,19 @@ def _values(model_path: str, settings: VllmSettings) -> dict[str, Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **memory,
+        **_prefill(settings),
+    }
+
+
+def _prefill(settings: VllmSettings) -> dict[str, Any]:
+    """On a CPU no prompt may be prefilled in parts.
+
+    After a part vLLM rewinds a seeded request's random generator by an offset, which CPU generators do not have: the
+    engine dies with "CPU Generator does not use offset" as soon as one batch holds more prompt tokens than fit.
+    """
+    if settings.kv_cache_bytes is None:
+        return {}
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, PREFILL_TOKENS),
     }

@@ -126,7 +126,7 @@ def sampling(
         stop_token_ids(model.path, tokenizer),
     )
     engines = [
-        RolloutActor.options(
+        ray.remote(RolloutActor).options(
             **resources(cpus=1, gpus=placement.gpus_per_engine * placement.tensor_parallel, environment=environment)
         ).remote(factory, str(logs / f"rollout{number}.log"))
         for number in range(placement.engines)
@@ -135,7 +135,7 @@ def sampling(
         factories.judge, model.path, verifier=_verifier(verifier), splitter=made(splitter), keep=keep
     )
     judges = [
-        JudgeActor.options(
+        ray.remote(JudgeActor).options(
             **resources(cpus=1, gpus=0, environment=actor_environment(device="cpu", threads=1))
         ).remote(judge_factory, str(logs / "judge0.log"))
     ]
@@ -202,11 +202,16 @@ def learning(config: TrainConfig, *, logs: Path) -> Learning:
     )
 
 
+def started_group(name: str, size: int, placement: Placement, logs: Path) -> WorkerGroup:
+    """Ranks of one learner, started and joined."""
+    return _joined(name, _workers(name, size, placement, logs.resolve()), placement, logs)
+
+
 def _workers(name: str, size: int, placement: Placement, logs: Path) -> list[Any]:
     """Ranks that are starting."""
     environment = actor_environment(device=placement.device, threads=placement.threads)
     return [
-        Worker.options(**resources(cpus=1, gpus=placement.gpus_per_rank, environment=environment)).remote(
+        ray.remote(Worker).options(**resources(cpus=1, gpus=placement.gpus_per_rank, environment=environment)).remote(
             str(logs / f"{name}{rank}.log")
         )
         for rank in range(size)
@@ -232,7 +237,6 @@ def _transfer(placement: Placement) -> ObjectStoreTransfer | GroupTransfer:
         )
     return GroupTransfer(
         backend=placement.weight_transport,
-        tensor_parallel=placement.tensor_parallel,
         bucket_bytes=placement.weight_bucket_bytes,
         timeout_s=placement.stage_timeout_s,
     )

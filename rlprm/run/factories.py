@@ -7,9 +7,10 @@ from typing import Any
 
 from rlprm.actors.judge import Judge
 from rlprm.config import Critic as CriticSection
-from rlprm.config import LearnerSection, TrainConfig
+from rlprm.config import LearnerSection, SftConfig, TrainConfig
 from rlprm.core.credit import CriticPlan, StreamPlan
 from rlprm.data.tokenizer import load_tokenizer
+from rlprm.errors import ConfigError
 
 
 def judge(
@@ -66,7 +67,7 @@ def policy(config: TrainConfig) -> Any:
     )
     loss, mismatch = config.policy_loss, config.mismatch
     return Policy(
-        Learner(model, learner_settings(config, config.policy)),
+        Learner(model, learner_settings(config, config.policy, updates(config, config.policy))),
         None if config.critic is None else critic(config, config.critic),
         plans=plans(config),
         whiten=config.whiten,
@@ -102,7 +103,7 @@ def critic(config: TrainConfig, section: CriticSection) -> Any:
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
     return Critic(
-        learner=Learner(model, learner_settings(config, section.learner)),
+        learner=Learner(model, learner_settings(config, section.learner, updates(config, section.learner))),
         plan=CriticPlan(gamma=section.gamma, lam=section.lam),
         clip=section.clip,
         passes=passes(section.learner, config.seed),
@@ -141,7 +142,7 @@ def source(config: TrainConfig, name: str) -> Any:
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    learner = Learner(model, learner_settings(config, section.learner))
+    learner = Learner(model, learner_settings(config, section.learner, updates(config, section.learner)))
     return made(section.kind)(
         learner,
         name,
@@ -150,6 +151,58 @@ def source(config: TrainConfig, name: str) -> Any:
         GroupReduce(),
         load_tokenizer(section.model),
     )
+
+
+def supervised(config: SftConfig, rank: int) -> Any:
+    """Supervised fine-tuning on one rank."""
+    from rlprm.engine.distributed import GroupReduce
+    from rlprm.engine.learner import Learner
+    from rlprm.engine.model import load_causal
+    from rlprm.engine.sft import Supervised
+    from rlprm.run.build import made
+
+    tokenizer = load_tokenizer(config.model.path)
+    model = load_causal(
+        config.model.path,
+        config.model.dtype,
+        attention=config.model.attention,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    settings = learner_settings(config, config.learner, total_steps=config.steps)
+    return Supervised(
+        Learner(model, settings),
+        tokenized(made(config.examples), made(config.template)(tokenizer), tokenizer),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        token_budget=config.learner.token_budget,
+        layout=config.learner.layout,
+        rank=rank,
+        world_size=config.placement.policy_ranks,
+        reduce=GroupReduce(),
+        tokenizer_path=config.model.path,
+    )
+
+
+def tokenized(examples: Any, render: Any, tokenizer: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt tokens exactly as training will render them, response tokens with one EOS.
+
+    Raises:
+        ConfigError: no examples, or a tokenizer without EOS, from which no model would learn to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no EOS token, so the model would never learn to stop; set eos_token")
+    pairs = [
+        (render(question)[1], (*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id))
+        for question, response in examples
+    ]
+    if not pairs:
+        raise ConfigError("there are no examples to learn from; check the `examples` section")
+    return pairs
+
+
+def updates(config: TrainConfig, section: LearnerSection) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * section.epochs * section.mini_batches
 
 
 def passes(section: LearnerSection, seed: int) -> Any:
@@ -165,7 +218,7 @@ def passes(section: LearnerSection, seed: int) -> Any:
     )
 
 
-def learner_settings(config: TrainConfig, section: LearnerSection) -> Any:
+def learner_settings(config: TrainConfig | SftConfig, section: LearnerSection, total_steps: int) -> Any:
     """DeepSpeed and AdamW settings of one learner; decaying schedules end with the run."""
     from rlprm.engine.learner import LearnerSettings
 
@@ -177,7 +230,7 @@ def learner_settings(config: TrainConfig, section: LearnerSection) -> Any:
         weight_decay=section.weight_decay,
         schedule=section.schedule,
         warmup=section.warmup,
-        total_steps=config.steps * section.epochs * section.mini_batches,
+        total_steps=total_steps,
         max_grad_norm=section.max_grad_norm,
         zero_stage=section.zero_stage,
         offload=section.offload,

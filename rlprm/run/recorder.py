@@ -38,10 +38,10 @@ class Recorder:
 
     def record(self, step: int, kept: Batch, scored: Any, credit: Any, learned: Sequence[Mapping[str, float]]) -> None:
         """The metrics of one training step."""
-        self.flush()
+        timing = self._clock.collect()
+        self._write()
         credited, readable = credit.result()
         self.rollouts_total += kept.counts["keep/rollouts_sampled"]
-        timing = self._clock.collect()
         metrics = {
             **lengths(kept.rows),
             **staleness(kept.rows, self.version),
@@ -71,7 +71,13 @@ class Recorder:
         self._held = (step, dict(metrics))
 
     def flush(self) -> None:
-        """Write what was held back."""
+        """Write what was held back, with the time that was spent since (evaluation)."""
+        if self._held is not None:
+            step, metrics = self._held
+            self._held = (step, {**metrics, **self._clock.collect()})
+            self._write()
+
+    def _write(self) -> None:
         if self._held is not None:
             self._trackers.log(*self._held)
             self._held = None

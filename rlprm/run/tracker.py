@@ -60,7 +60,7 @@ class Trackers:
             sink.log(step, safe)
 
     def rollouts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Append readable rollouts (see :mod:`rlprm.run.samples`) to ``rollouts.jsonl``."""
+        """Append readable rollouts (see :mod:`rlprm.core.readable`) to ``rollouts.jsonl``."""
         if self._rollouts is not None:
             self._rollouts.write(step, samples)
 

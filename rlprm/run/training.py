@@ -88,7 +88,8 @@ def assembled(
             learning = build.learning(config, logs=logs)
         groups += learning.groups
         build.ready(started, config.placement, progress, logs)
-        trackers = _trackers(config, composed, folder, None if found is None else first - 1)
+        resumed = config.resume == "auto"  # a run that was cut off before its first checkpoint begins anew in its folder
+        trackers = _trackers(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
         clock = Clock()
         bar = stack.enter_context(progress.stage("train", config.steps, "steps", first - 1))
         recorder = Recorder(

@@ -90,7 +90,8 @@ def objective(denominator: int) -> Callable[[MicroBatch, Outputs], tuple[Tensor,
     """A loss with a curvature of its own per token, and the entropy in it."""
 
     def loss(micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
-        assert outputs.logprobs is not None and outputs.entropy is not None
+        assert outputs.logprobs is not None
+        assert outputs.entropy is not None
         gain = torch.exp(outputs.logprobs / 4) * micro.token_fields["advantages"] + 0.1 * outputs.entropy
         value = -(gain * micro.response_mask).sum() / denominator
         return value, {"loss": Sum(float(value.detach().double()))}
@@ -181,10 +182,8 @@ def main(rank: int, world: int, port: int, model: str, folder: Path) -> None:
         findings[f"seconds-{stage}"] = time.perf_counter() - clock
     packed = micros(data, rows, budget=40, layout="packed")
     findings["gradient-packed"] = gradient(model, replace(PROBE, zero_stage=3), packed, denominator)
-    none = parts if rank == 0 else []
-    findings["gradient-idle-rank"] = gradient(
-        model, replace(PROBE, zero_stage=3), [*none, *(micros(data, [4], budget=20, layout="padded") if none else [])], denominator
-    )  # fmt: skip
+    alone = [*parts, *micros(data, [4], budget=20, layout="padded")] if rank == 0 else []  # rank 1 has nothing
+    findings["gradient-idle-rank"] = gradient(model, replace(PROBE, zero_stage=3), alone, denominator)
     subject = Learner(
         load_causal(model, "float32", attention="sdpa", gradient_checkpointing=False), replace(SETTINGS, zero_stage=3)
     )

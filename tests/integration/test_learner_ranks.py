@@ -47,16 +47,20 @@ def folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     port = str(free_port())
     logs = [folder / f"log-{rank}" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.learner_program", str(rank), "2", port, model, str(folder)],
-            cwd=root,
-            env=environment,
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [
+                sys.executable,
+                "-m",
+                "tests.integration.learner_program",
+                str(rank),
+                "2",
+                port,
+                model,
+                str(folder),
+            ]
+            ranks.append(subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
         codes = [rank.wait(timeout=400) for rank in ranks]
     finally:
@@ -129,9 +133,7 @@ def test_a_bad_loss_on_one_rank_is_refused_by_both(findings: list[dict[str, Any]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_learner_goes_on_bit_by_bit_the_same(
-    findings: list[dict[str, Any]], stage: int, dtype: str
-) -> None:
+def test_a_resumed_learner_goes_on_bit_by_bit_the_same(findings: list[dict[str, Any]], stage: int, dtype: str) -> None:
     one = findings[0][f"{dtype}-{stage}"]
     assert one["resumed"] == one["continued"]
     assert one["continued"][0] != one["continued"][1]

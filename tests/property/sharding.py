@@ -1,4 +1,4 @@
-"""Several ranks as threads of one process: a real exchange at every reduction, so a missing one deadlocks or differs."""
+"""Several ranks as threads of one process, with a real exchange at every reduction: a missing one hangs or differs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ class ThreadReduce:
 def on_ranks(work: Callable[[Any, ThreadReduce], R], shards: Sequence[Any]) -> list[R]:
     """``work(shard, reduce)`` for each shard, all at the same time."""
     exchange = Exchange(len(shards))
+
+    def guarded(shard: Any, rank: int) -> R:
+        try:
+            return work(shard, ThreadReduce(exchange, rank))
+        except BaseException:
+            exchange.barrier.abort()  # the other ranks would wait for this one until the timeout
+            raise
+
     with ThreadPoolExecutor(len(shards)) as pool:
-        futures = [pool.submit(work, shard, ThreadReduce(exchange, rank)) for rank, shard in enumerate(shards)]
+        futures = [pool.submit(guarded, shard, rank) for rank, shard in enumerate(shards)]
         return [future.result() for future in futures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -154,7 +155,9 @@ def test_parts_sum_to_the_total_and_shares_to_one(variant, whiten, case):
     total, parts = found.advantages.total, found.advantages.parts
     same(sum(parts.values()), total)
     trained = case.shard.response_mask & case.shard.train[:, None]
-    assert torch.isfinite(total).all() and torch.all(total[~trained] == 0)
+    assert torch.isfinite(total).all()
+    assert torch.all(total[~trained] == 0)
+    assert all(math.isfinite(value) for value in found.metrics.values())
     shares = [found.metrics[f"adv/{name}/share"] for name in parts]
     varies = trained.any() and total[trained].double().std(correction=0) > 1e-5
     if varies:
@@ -227,7 +230,7 @@ def test_process_weight_zero_is_outcome_only(variant, whiten, case):
 def test_a_critic_keeps_the_decomposition(case, gamma, lam):
     values = torch.where(case.shard.response_mask, case.process.rewards.nan_to_num(0.25), torch.nan)
     found = run(
-        case, plans(RAW, estimator=none)[1:] + [replace(plans(RAW)[0], normalizer=RAW, estimator=none)],
+        case, [*plans(RAW, estimator=none)[1:], replace(plans(RAW)[0], normalizer=RAW, estimator=none)],
         whiten="none", values=values, critic=CriticPlan(gamma=gamma, lam=lam),
     )  # fmt: skip
     same(sum(found.advantages.parts.values()), found.advantages.total)

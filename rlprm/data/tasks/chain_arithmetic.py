@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rlprm.errors import ConfigError, DataError
-from rlprm.roles import Verdict
 
 Split = Literal["train", "test"]
 Fact = tuple[int, str, int]  # (a, operator, b), the left side of one line
@@ -156,7 +154,7 @@ class ChainArithmetic:
 
         >>> task = ChainArithmetic(modulus=7, operations=(1, 1))
         >>> [(prompt, response)] = task.sft(seed=0, count=1, beliefs={}, probability=0.0)
-        >>> verify(task.problem(seed=0, index=0, split="train").gold, response, prompt).outcome
+        >>> verify(task.problem(seed=0, index=0, split="train").gold, response, prompt)[0]
         1.0
 
         Raises:
@@ -184,22 +182,21 @@ def split_of(prompt: str) -> Split:
     return "test" if int.from_bytes(digest, "big") % TEST_BUCKETS == 0 else "train"
 
 
-def verify(gold: str, response: str, prompt: str) -> Verdict:
+def verify(gold: str, response: str, prompt: str) -> tuple[float, str, tuple[int, ...]]:
     """outcome = 1 if every line is well formed, there is one line per operation and the last value is gold's; else 0.
 
     ``steps`` labels each line: 1 if its own arithmetic is right **and** it continues from the previous line's value
     with the prompt's operation, 0 if not or if the line is malformed or surplus, -1 if it follows a malformed line,
     whose value nobody knows. A line that continues correctly from a wrong value is therefore right.
 
-    >>> verify("2 mod 7", "3+5=4\\n4*2=1", "3+5*2\\n").steps
+    >>> verify("2 mod 7", "3+5=4\\n4*2=1", "3+5*2\\n")[2]
     (0, 1)
-    >>> verify("2 mod 7", "3+5=1\\n1*2=2", "3+5*2\\n").outcome
-    1.0
+    >>> verify("2 mod 7", "3+5=1\\n1*2=2", "3+5*2\\n")[:2]
+    (1.0, 'right')
 
     Raises:
         DataError: ``gold`` or ``prompt`` is not of this task.
     """
-    begin = time.perf_counter()
     matched = _GOLD.fullmatch(gold)
     if matched is None:
         raise DataError(f"gold is {gold!r}; expected '<answer> mod <modulus>', as Problem.gold gives it")
@@ -234,9 +231,7 @@ def verify(gold: str, response: str, prompt: str) -> Verdict:
         reason = f"answer {previous}"
     else:
         reason = "right"
-    return Verdict(
-        outcome=float(reason == "right"), reason=reason, seconds=time.perf_counter() - begin, steps=tuple(labels)
-    )
+    return float(reason == "right"), reason, tuple(labels)
 
 
 def parse(prompt: str, modulus: int) -> Problem:

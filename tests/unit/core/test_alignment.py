@@ -74,7 +74,8 @@ def test_nan_logits_of_padding_leak_neither_forward_nor_backward():
     sequence = torch.tensor([[0, 0, -1]])
     values = token_logprobs(logits, torch.tensor([[0, 1, 2]]), sequence, 1.0) + token_entropy(logits, sequence, 1.0)
     values.sum().backward()
-    assert torch.isfinite(values).all() and torch.isfinite(logits.grad).all()
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_entropy_of_a_forbidden_token():
@@ -92,5 +93,5 @@ def test_values_shift_within_a_sequence_only():
 
 
 def test_temperature_zero_is_refused():
-    with pytest.raises(ConfigError, match="temperature is 0.0"):
+    with pytest.raises(ConfigError, match=r"temperature is 0\.0"):
         token_entropy(torch.zeros(1, 2, 3), torch.tensor([[0, 0]]), 0.0)

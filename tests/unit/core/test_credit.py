@@ -228,7 +228,7 @@ def test_probe_finds_bad_settings_before_anything_is_loaded():
     merge = partial(sum_into, name="process", into="outcome", weight=1.0)
     probe([plan("outcome", RLOO, merge=merge)], None, whiten="full")
     probe([plan("outcome", RAW, estimator=none)], CriticPlan(gamma=1.0, lam=0.95), whiten="full")
-    with pytest.raises(ConfigError, match="gamma is 2.0"):
+    with pytest.raises(ConfigError, match=r"gamma is 2\.0"):
         probe([plan("outcome", RLOO, estimator=partial(to_go, gamma=2.0))], None, whiten="full")
     with pytest.raises(ConfigError, match="`outcome`"):
         probe([plan("process", RAW, gate=sign_consistent)], None, whiten="full")

@@ -64,7 +64,7 @@ def test_gae_carries_masked_tokens_through():
 def test_discounts_outside_the_unit_interval_are_refused():
     shard = example()
     stream = process_stream(shard)
-    with pytest.raises(ConfigError, match="gamma is 1.5"):
+    with pytest.raises(ConfigError, match=r"gamma is 1\.5"):
         to_go(stream.rewards, stream.present, shard, gamma=1.5)
-    with pytest.raises(ConfigError, match="lam is -0.1"):
+    with pytest.raises(ConfigError, match=r"lam is -0\.1"):
         gae(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0, -0.1)

@@ -64,7 +64,8 @@ def test_k1_really_has_zero_expected_gradient_and_k2_that_of_the_reverse_kl():
 def test_value_loss_takes_the_larger_error(clip, loss, clipped):
     new, old, target = torch.tensor([[2.0, torch.nan]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, torch.nan]])
     found, decided = value_loss(new, old, target, ON, clip=clip)
-    assert found.tolist() == [[loss, 0.0]] and decided.tolist() == [[clipped, 0.0]]
+    assert found.tolist() == [[loss, 0.0]]
+    assert decided.tolist() == [[clipped, 0.0]]
 
 
 def test_value_loss_is_flat_where_the_clip_decides():
@@ -72,7 +73,8 @@ def test_value_loss_is_flat_where_the_clip_decides():
     new = torch.tensor([[2.0, torch.nan]], requires_grad=True)
     found, decided = value_loss(new, torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), ON, clip=0.5)
     found.sum().backward()
-    assert found.tolist() == [[1.125, 0.0]] and decided.tolist() == [[1.0, 0.0]]
+    assert found.tolist() == [[1.125, 0.0]]
+    assert decided.tolist() == [[1.0, 0.0]]
     assert new.grad.tolist() == [[0.0, 0.0]]
     with pytest.raises(ConfigError, match="value clip"):
         value_loss(new, new, new, ON, clip=0.0)

@@ -80,7 +80,7 @@ def test_trust_moves_holds_and_survives_a_checkpoint():
     assert TrustState.from_dict(state.to_dict()) == state
     with pytest.raises(CheckpointError, match="keys"):
         TrustState.from_dict({"mean": 1.0})
-    with pytest.raises(ConfigError, match="decay is 1.0"):
+    with pytest.raises(ConfigError, match=r"decay is 1\.0"):
         TrustState.start(1.0)
 
 

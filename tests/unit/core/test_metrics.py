@@ -61,6 +61,7 @@ def test_the_table_lists_each_name_once_and_completely():
     names = [spec.name for spec in METRICS]
     assert len(set(names)) == len(names)
     for spec in METRICS:
-        assert spec.unit and spec.formula
+        assert spec.unit
+        assert spec.formula
         assert spec.reduction in ("mean", "sum", "max", "min", "global", "driver")
         assert check_name(spec.name.replace("{n}", "8").replace("{", "").replace("}", "")).name

@@ -149,6 +149,14 @@ def test_equal_outcomes_give_exactly_zero():
     assert outcome(shard, **axes) == [0.0] * 7
 
 
+def test_a_group_without_spread_is_not_divided_by_eps():
+    # batch mean 0.6; the flat group {0.9, 0.9} would become 0.3 / 1e-6 = 3e5
+    shard = shard_of([1] * 4, [0.9, 0.9, 0.1, 0.5], groups=[1, 1, 2, 2])
+    found = outcome(shard, centre="batch", scale="group_std", order="centre_then_scale", eps=1e-6)
+    # {0.1, 0.5}: std_b 0.282843; (0.1 - 0.6) and (0.5 - 0.6) over it
+    assert found == pytest.approx([0.0, 0.0, -1.767761, -0.353552], abs=1e-5)
+
+
 def test_absent_members_take_no_part():
     # the same as the two present ones alone
     axes = {"centre": "group", "scale": "group_std", "order": "centre_then_scale", "eps": 1e-6}
@@ -186,7 +194,8 @@ def test_contradictions_are_refused(axes, message):
 
 def test_raw_is_raw():
     shard = example()
-    assert is_raw(RAW) and not is_raw(normalize)
+    assert is_raw(RAW)
+    assert not is_raw(normalize)
     stream = process_stream(shard)
     close(off_response(RAW(stream.rewards, stream.present, shard, Identity()), shard),
           [[0.2, -0.1], [0.1, 0.3, -0.2], [0.4]], 0.0 + 1e-7)  # fmt: skip

@@ -58,7 +58,8 @@ def test_masked_nan_reaches_neither_loss_nor_gradient():
     new = nan.clone().requires_grad_()
     loss, told = ppo_clip(new, nan, torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]), **CLIP)
     loss.sum().backward()
-    assert loss.tolist() == [[-1.0, 0.0]] and new.grad.tolist() == [[-1.0, 0.0]]
+    assert loss.tolist() == [[-1.0, 0.0]]
+    assert new.grad.tolist() == [[-1.0, 0.0]]
     assert all(torch.isfinite(value).all() for value in told.values())
 
 

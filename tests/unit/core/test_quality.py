@@ -42,7 +42,7 @@ def test_auc_against_all_pairs():
 
 
 def test_calibration():
-    # bins of 0.5: sigmoid(-log 3) = 0.25 twice with outcomes 0, 1 -> |0.5 - 0.25| * 2/3; sigmoid(log 9) = 0.9, outcome 1
+    # bins of 0.5: sigmoid(-log 3) = 0.25 twice with outcomes 0, 1 -> 0.25 * 2/3; sigmoid(log 9) = 0.9, outcome 1
     logits = torch.tensor([-math.log(3), -math.log(3), math.log(9)])
     found = expected_calibration_error(logits, torch.tensor([0.0, 1.0, 1.0]), 2)
     assert found == pytest.approx(2 / 3 * 0.25 + 1 / 3 * 0.1, abs=1e-6)

@@ -57,9 +57,9 @@ def test_the_worked_example():
     ],
 )
 def test_verdicts(response, outcome, steps):
-    verdict = verify(PROBLEM.gold, response, PROBLEM.prompt)
-    assert (verdict.outcome, verdict.steps) == (outcome, steps)
-    assert (verdict.reason == "right") == (outcome == 1.0)
+    found, reason, labels = verify(PROBLEM.gold, response, PROBLEM.prompt)
+    assert (found, labels) == (outcome, steps)
+    assert (reason == "right") == (outcome == 1.0)
 
 
 def test_a_row_of_another_task_is_refused():
@@ -84,9 +84,9 @@ def test_first_wrong_step():
 def test_every_solution_is_right(seed, index, modulus, most):
     task = ChainArithmetic(modulus=modulus, operations=(1, most))
     problem = task.problem(seed=seed, index=index, split="train")
-    verdict = verify(problem.gold, problem.solution, problem.prompt)
-    assert verdict.outcome == 1.0
-    assert verdict.steps == (1,) * len(problem.operations)
+    outcome, _, labels = verify(problem.gold, problem.solution, problem.prompt)
+    assert outcome == 1.0
+    assert labels == (1,) * len(problem.operations)
     assert 1 <= len(problem.operations) <= most
     assert problem.start != 0
     assert all(operand % modulus for _, operand in problem.operations)
@@ -98,9 +98,9 @@ def test_a_wrong_value_stays_wrong(start, wrong, index):
     problem = ChainArithmetic(modulus=7, operations=(2, 6)).problem(seed=start, index=index, split="test")
     fact = (problem.start, *problem.operations[0])
     off = (apply(fact, 7) + wrong) % 7
-    verdict = verify(problem.gold, problem.work_out({fact: off}, 1.0, _Once()), problem.prompt)
-    assert verdict.outcome == 0.0
-    assert verdict.steps == (0,) + (1,) * (len(problem.operations) - 1)
+    outcome, _, labels = verify(problem.gold, problem.work_out({fact: off}, 1.0, _Once()), problem.prompt)
+    assert outcome == 0.0
+    assert labels == (0,) + (1,) * (len(problem.operations) - 1)
 
 
 class _Once(random.Random):
@@ -149,7 +149,7 @@ def test_misconceptions_are_wrong_and_systematic():
     assert texts == list(task.sft(seed=5, count=400, beliefs=beliefs, probability=0.7))
     met = erred = 0
     for prompt, response in texts:
-        for line, label in zip(response.split("\n"), verify("0 mod 7", response, prompt).steps, strict=True):
+        for line, label in zip(response.split("\n"), verify("0 mod 7", response, prompt)[2], strict=True):
             problem = parse(line[: line.index("=")] + "\n", 7)
             fact = (problem.start, *problem.operations[0])
             if fact not in beliefs:

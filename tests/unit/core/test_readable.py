@@ -4,8 +4,8 @@ import json
 
 import torch
 
+from rlprm.core.readable import readable
 from rlprm.records import Advantages, Shard, Stream
-from rlprm.run.samples import readable
 
 ALPHABET = "_ab=12;34."
 
