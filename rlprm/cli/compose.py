@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
@@ -53,51 +54,93 @@ class Composed:
 OmegaConf.register_new_resolver("recipe_dir", lambda name: str(recipes_dir() / name), replace=True)
 
 
-def composed(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
+def composed(
+    name: str,
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    reads: Callable[[str], bool] = lambda key: True,
+) -> Composed:
     """The configuration ``conf/<name>.yaml`` under ``overrides``, interpolations resolved.
 
+    ``reads`` says of a dotted key whether the command uses it; leaves that it does not use are left out, and setting one
+    on the command line is an error. So a recipe, which is written for `train`, can serve another command too.
+
     Raises:
-        ConfigError: unknown key, option or recipe (with the nearest right one), missing value, bad override.
+        ConfigError: unknown key, option or recipe (with the nearest right one), missing value, bad override, or a key
+            on the command line that the command does not read.
     """
-    arguments = [_recipe(override) for override in overrides]
+    parsed = _parsed(overrides)
+    named = [override.value() for override in parsed if override.key_or_group == "recipe"]
+    if len(named) > 1:
+        raise ConfigError(f"recipe is given {len(named)} times ({', '.join(map(str, named))}); choose one")
+    arguments = [_recipe(override, name) for override in overrides]
     own = [config_dir] if config_dir else []
-    chosen = [recipes_dir() / override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
     for folder in own:
         if not folder.is_dir():
             raise ConfigError(f"configuration folder {folder} does not exist; expected a folder of YAML groups")
+    chosen = [recipes_dir() / str(recipe) for recipe in named]
     try:
         with _searching(own + chosen):
+            _refuse_new_keys(name, parsed, config_dir, reads)
             config = compose(name, arguments)
             origins = _origins(name, arguments)
-            _refuse_missing(config)
+            _refuse_unread(name, parsed, reads)
+            _refuse_missing(config, reads)
             values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(name, error)) from None
+        raise ConfigError(_explain(name, error, own + chosen, reads)) from None
     assert isinstance(values, dict)
-    return Composed(values=values, origins=origins)
+    return Composed(values=_only(values, reads), origins=origins)
 
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
     """Every configuration group and its options, as the folders list them; recipes are a group too."""
-    found: dict[str, list[str]] = {}
-    for root in ([config_dir] if config_dir else []) + [conf_dir()]:
-        for file in sorted(root.rglob("*.yaml")):
-            if file.parent != root:
-                found.setdefault(str(file.parent.relative_to(root)), []).append(file.stem)
+    found = _options([config_dir] if config_dir else [])
     found["recipe"] = sorted(file.parent.name for file in recipes_dir().glob("*/config.yaml"))
     return dict(sorted(found.items()))
 
 
-def _recipe(override: str) -> str:
+def _options(first: Sequence[Path]) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for root in (*first, conf_dir()):
+        for file in root.rglob("*.yaml"):
+            if file.parent != root:
+                found.setdefault(str(file.parent.relative_to(root)), set()).add(file.stem)
+    return {group: sorted(options) for group, options in found.items()}
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Each override by itself, so that a bad one is named.
+
+    Raises:
+        ConfigError: not of Hydra's grammar, or a sweep.
+    """
+    parser, found = OverridesParser.create(), []
+    for line in overrides:
+        try:
+            override = parser.parse_override(line)
+        except HydraException as error:
+            raise ConfigError(
+                f"{line!r} cannot be read ({str(error).splitlines()[0]}); expected key=value, group=option, +key=value "
+                "or ~key, with quotes around values that hold commas, brackets or braces"
+            ) from None
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{line!r} gives several values; write a list as key=[1,2] and text as key=\"'1,2'\" (rlprm train runs "
+                "several seeds with --seeds)"
+            )
+        found.append(override)
+    return found
+
+
+def _recipe(override: str, name: str) -> str:
     key, _, value = override.partition("=")
     if key not in ("recipe", "+recipe"):
         return override
     known = groups()["recipe"]
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; nearest is {near[0]!r}" if near else ""
-        raise ConfigError(f"recipe {value!r} does not exist (there are: {', '.join(known)}){hint}")
-    return f"+{value}@_global_=config"
+        raise ConfigError(f"recipe {value!r} does not exist (there are: {', '.join(known)}){_nearest(value, known)}")
+    return f"+{value}@_global_={'warm_up' if name == 'sft' else 'config'}"
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,12 +151,54 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def _refuse_missing(config: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(config))
+def _only(values: Mapping[str, Any], reads: Callable[[str], bool], prefix: str = "") -> dict[str, Any]:
+    """The leaves that ``reads`` accepts, in the sections they stand in; sections that become empty are left out."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            inner = _only(value, reads, f"{path}.")
+            if inner:
+                kept[key] = inner
+        elif reads(path):
+            kept[key] = value
+    return kept
+
+
+def _refuse_missing(config: DictConfig, reads: Callable[[str], bool]) -> None:
+    leaves = _leaves(OmegaConf.to_container(config, resolve=False))
+    missing = sorted(key for key, value in leaves if value == "???" and reads(key))
     if missing:
         raise ConfigError(
             f"no value for {', '.join(missing)}; give it on the command line ({missing[0]}=...) or choose a recipe"
         )
+
+
+def _refuse_new_keys(
+    name: str, overrides: Sequence[Override], config_dir: Path | None, reads: Callable[[str], bool]
+) -> None:
+    """``+key=value`` may add an option or an entry of a section, but no key beside those that the schema knows."""
+    known = None
+    for override in overrides:
+        key = override.key_or_group
+        if not override.is_add() or "." in key or "/" in key or override.package is not None:
+            continue
+        known = known or {*groups(config_dir), *OmegaConf.to_container(compose(name), resolve=False)}
+        if key not in known:
+            candidates = sorted(each for each in known if reads(each) or each == "recipe")
+            raise ConfigError(f"{key}: there is no such key or group{_nearest(key, candidates)}")
+
+
+def _refuse_unread(name: str, overrides: Sequence[Override], reads: Callable[[str], bool]) -> None:
+    for override in overrides:
+        target = override.package if override.package is not None else override.key_or_group
+        if override.key_or_group != "recipe" and not reads(target.replace("/", ".")):
+            raise ConfigError(f"{override.input_line}: rlprm {name} does not read {target}; leave it out")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; nearest is {near[0]!r}" if near else ""
 
 
 @contextmanager
@@ -161,19 +246,24 @@ def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
     return origins
 
 
-def _explain(name: str, error: Exception) -> str:
-    """Hydra's words, plus the nearest key that exists."""
+def _explain(name: str, error: Exception, first: Sequence[Path], reads: Callable[[str], bool]) -> str:
+    """Hydra's words in one sentence, with the nearest key or option that exists."""
     text = str(error).strip()
-    found = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text)
-    if not found:
-        return text
-    wrong = re.search(r"Could not override '([^']+)'", text)
-    asked = (wrong or found).group(1)
-    with _searching([]):
+    if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, asked = option.groups()
+        known = _options(first).get(group, [])
+        return f"{group}={asked}: there is no such option (there are: {', '.join(known)}){_nearest(asked, known)}"
+    key = re.search(r"Could not (?:override|delete)[^']*'([^'=]+)", text) or re.search(r"Key '([^']+)' is not in", text)
+    if key is None:
+        return " ".join(line.strip() for line in text.splitlines() if "hydra.cc" not in line)
+    asked = key.group(1)
+    with _searching(first):
         config = compose(name)
-    known = [key for key, _ in _leaves(OmegaConf.to_container(config, resolve=False))]
-    sections = sorted({".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 2)})
-    near = difflib.get_close_matches(asked, sections, n=1)
-    return f"{asked}: there is no such key in conf/{name}.yaml or the chosen options" + (
-        f"; nearest is {near[0]!r}" if near else f" (top level: {', '.join(sorted({k.split('.')[0] for k in known}))})"
-    )
+    leaves = [leaf for leaf, _ in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(leaf)]
+    sections = sorted({".".join(leaf.split(".")[:depth]) for leaf in leaves for depth in range(1, leaf.count(".") + 2)})
+    if places := [section for section in sections if section.endswith(f".{asked}")]:
+        if asked in groups():
+            return f"{asked}: say where this group is to go, for example {asked}@{places[0]}=... (also: {', '.join(places)})"
+    near = _nearest(asked, sections)
+    top = ", ".join(sorted({leaf.split(".")[0] for leaf in leaves}))
+    return f"{asked}: there is no such key in conf/{name}.yaml or the chosen options" + (near or f" (top level: {top})")

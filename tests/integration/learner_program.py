@@ -168,7 +168,7 @@ def main(rank: int, world: int, port: int, model: str, folder: Path) -> None:
     distributed.join(rank, world, "127.0.0.1", port, timeout_s=120.0)
     data = corpus()
     denominator = int(data.response.sum())
-    # rank 0: the long sequence and four others in three micro-batches; rank 1: one short sequence
+    # rank 0: the long sequence and four others in four micro-batches; rank 1: one short sequence
     rows = [0, 1, 2, 3, 5] if rank == 0 else [4]
     parts = micros(data, rows, budget=20, layout="padded")
     findings: dict[str, Any] = {"micro_batches": len(parts)}

@@ -53,6 +53,6 @@ def warm_up(
     return list(task.sft(seed=seed, count=size, beliefs=beliefs, probability=probability))
 
 
-def initial_model(folder: str, *, seed: int, hidden: int, layers: int, heads: int, context: int) -> None:
+def initial_model(folder: str, *, seed: int, hidden: int, layers: int, heads: int, mlp: int, context: int) -> None:
     """A randomly initialised model with the task's tokenizer, written to ``folder``."""
-    write_model_folder(Path(folder), seed, hidden=hidden, layers=layers, heads=heads, context=context)
+    write_model_folder(Path(folder), seed, hidden=hidden, layers=layers, heads=heads, mlp=mlp, context=context)

@@ -1,0 +1,127 @@
+"""What `conf/` and `recipes/` hold, found by listing the folders: a newcomer is picked up without being named here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlprm.cli.compose import composed, groups
+from rlprm.config import EvaluateConfig, SftConfig, TrainConfig
+from rlprm.paths import conf_dir, recipes_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMAS = {"train": TrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig}
+STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
+ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
+
+
+def read(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def entries() -> list[str]:
+    """The files that a subcommand starts from: ``conf/*.yaml``."""
+    return sorted(file.stem for file in conf_dir().glob("*.yaml"))
+
+
+def options() -> list[tuple[str, str]]:
+    """Every (group, option) of ``conf/``."""
+    return [(group, option) for group, found in groups().items() if group != "recipe" for option in found]
+
+
+def of_group(group: str) -> list[str]:
+    found = groups()[group]
+    assert found, f"no option in conf/{group}; the listing is broken"
+    return found
+
+
+def defaults_of(content: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """(group, package) of each line of a defaults list."""
+    for line in (content or {}).get("defaults", []):
+        if isinstance(line, dict):
+            key = next(iter(line)).removeprefix("override ").lstrip("/")
+            group, _, package = key.partition("@")
+            yield group, package or group
+
+
+def place(group: str) -> tuple[str, str]:
+    """The entry that a group feeds, and where in it the option lands."""
+    for entry in ("train", *entries()):
+        for listed, package in defaults_of(read(conf_dir() / f"{entry}.yaml")):
+            if listed == group:
+                return entry, package
+    for method in of_group("method"):
+        for listed, package in defaults_of(read(conf_dir() / "method" / f"{method}.yaml")):
+            if listed == group and package.startswith("streams."):
+                return "train", f"streams.{STREAM}.{group}"
+    raise AssertionError(f"conf/{group} feeds no entry and no method: nobody can choose its options")
+
+
+def chosen(group: str, option: str) -> tuple[str, list[str]]:
+    """(entry, overrides) of a configuration that has this option; what the option leaves open is filled in."""
+    entry, package = place(group)
+    key = group if package == group else f"{group}@{package}"
+    overrides = [f"{key}={option}", *missing(read(conf_dir() / group / f"{option}.yaml"), package)]
+    return entry, overrides + required(entry, overrides)
+
+
+def required(entry: str, overrides: list[str]) -> list[str]:
+    """The values that every run must give itself."""
+    wanted = ["model.path=somewhere"] + (["output=somewhere"] if entry == "sft" else [])
+    return [each for each in wanted if each.split("=")[0] not in {line.split("=")[0] for line in overrides}]
+
+
+def missing(content: Any, package: str) -> list[str]:
+    """A value for each ``???`` in an option."""
+    prefix = "" if package in ("", "_global_") else f"{package}."
+    return [f"{prefix}{key}={ROWS}" for key, value in leaves(content) if value == "???" and prefix + key != "model.path"]
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def values_of(group: str, option: str) -> Mapping[str, Any]:
+    """The whole composed configuration with this option."""
+    return composed(*chosen(group, option)).values
+
+
+def content_of(group: str, option: str) -> Any:
+    """What the option says, composed and resolved."""
+    node: Any = values_of(group, option)
+    package = place(group)[1]
+    if group == "method":
+        return {key: node[key] for key in ("streams", "whiten", "critic")}
+    for part in package.split("."):
+        node = node[part]
+    return node
+
+
+def parts(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every outermost ``_target_`` of a configuration with its key."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+            return
+        for key, value in node.items():
+            yield from parts(value, f"{path}.{key}" if path else str(key))
+
+
+def pieces(group: str) -> list[Any]:
+    """The callable of every option of a group, for options that are one ``_target_``."""
+    from rlprm.run.build import made
+
+    return [made(content_of(group, option)) for option in of_group(group)]
+
+
+def recipes() -> list[str]:
+    found = sorted(file.parent.name for file in recipes_dir().glob("*/config.yaml"))
+    assert found, "no recipe found; the listing is broken"
+    return found
