@@ -212,8 +212,8 @@ class Batch:
     members: tuple[tuple[int, ...], ...]  # rows of each shard, in the shard's order
     selected: tuple[bool, ...]
     counts: Mapping[str, float]
-    examples: tuple[Any, ...]  # references to a few judged groups, for reading
 
     @property
     def num_groups(self) -> int:
-        return 1 + max(row.group for row in self.rows)
+        """Accepted groups; they are numbered first."""
+        return len({row.group for row in self.rows if row.train})

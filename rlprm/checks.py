@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +26,39 @@ def check_train(config: TrainConfig) -> None:
     _critic(config)
     _arithmetic(config)
     _pieces(config)
+
+
+def check_model_folders(config: TrainConfig) -> None:
+    """Every model of the run is there.
+
+    Raises:
+        ConfigError: see :func:`check_model_folder`.
+    """
+    check_model_folder("model.path", config.model.path)
+    for name, stream in config.streams.items():
+        if stream.source is not None and stream.source.model is not None:
+            check_model_folder(f"streams.{name}.source.model", stream.source.model)
+    if config.critic is not None:
+        check_model_folder("critic.model", config.critic.model)
+
+
+def check_model_folder(key: str, path: str) -> None:
+    """``path`` is a folder with a model's configuration and weights, or may be a hub name (``owner/name``).
+
+    Raises:
+        ConfigError: with the key of the configuration that names it.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{key} {path!r} has no config.json; expected a Hugging Face model folder")
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise ConfigError(f"{key} {path!r} holds no weights (*.safetensors); expected a complete model folder")
+    elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"{key} {path!r} is no folder (looked for {folder.absolute()}); expected a Hugging Face model folder, or a "
+            "hub name (owner/name) where the machine may download"
+        )
 
 
 def _sources(config: TrainConfig) -> None:
@@ -76,10 +111,10 @@ def _arithmetic(config: TrainConfig) -> None:
             f"keep.min_prompts is {config.keep.min_prompts} and prompts_per_step {config.prompts_per_step}; no step could "
             "ever have enough prompts"
         )
-    shards = max(config.placement.policy_ranks, config.placement.prm_ranks)
+    shards = shards_needed(config.placement.policy_ranks, config.placement.prm_ranks)
     if config.keep.min_prompts < shards:
         raise ValueError(
-            f"keep.min_prompts is {config.keep.min_prompts} and there are {shards} ranks; each rank needs a group of its own, "
+            f"keep.min_prompts is {config.keep.min_prompts} and a batch has {shards} shards; each needs a group of its own, "
             f"so set keep.min_prompts to at least {shards}"
         )
     for role, learner in (("policy", config.policy), ("critic", config.critic.learner if config.critic else None)):

@@ -74,9 +74,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Model(Section):
+class SampledModel(Section):
+    """A model as an engine needs it."""
+
     path: Annotated[str, Field(min_length=1)]
     dtype: Literal["float32", "bfloat16"]
+
+
+class Model(SampledModel):
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     gradient_checkpointing: bool
 
@@ -86,11 +91,16 @@ class Source(Section):
     weight: Positive  # share of prompts drawn from this source
 
 
-class Data(Section):
-    train: Annotated[dict[str, Source], Field(min_length=1)]
+class HeldOut(Section):
+    """Evaluation sets, and how a question becomes a prompt."""
+
     evaluation: dict[str, Part]  # name -> reader
     template: Part
     max_prompt_tokens: Count
+
+
+class Data(HeldOut):
+    train: Annotated[dict[str, Source], Field(min_length=1)]
 
 
 class VerifierSection(Section):
@@ -272,20 +282,34 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """The whole configuration of ``rlprm evaluate``."""
+    """The whole configuration of ``rlprm evaluate``: training's own sections where both have them."""
 
     output: str | None  # JSON file for the results; null: print only
     seed: Annotated[int, Field(ge=0)]
     temperatures: Annotated[list[NonNegative], Field(min_length=1)]  # 0: greedy
     samples: Count  # responses per prompt at temperatures above 0
-    limit: Count | None
+    limit: Count | None  # prompts of each set; null: all
     max_response_tokens: Count
-    model: Model
-    data: Data
+    model: SampledModel
+    data: HeldOut
     verifier: VerifierSection
     splitter: Part
     rollout: RolloutSection
     placement: Placement
+
+    @model_validator(mode="after")
+    def _something_is_measured_once(self) -> EvaluateConfig:
+        if not self.data.evaluation:
+            raise ValueError("data.evaluation names no set; add a reader under data.evaluation.NAME")
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {self.temperatures} names one twice; give each once")
+        return self
+
+
+class JudgeConfig(Section):
+    """The whole configuration of ``rlprm judge``."""
+
+    verifier: VerifierSection
 
 
 class SftConfig(Section):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
-from torch import Tensor
+if TYPE_CHECKING:  # what is only verified or judged starts without torch
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
-from rlprm.records import Shard
+    from rlprm.records import Shard
 
 Finish = Literal["stop", "length", "abort"]
 

@@ -129,12 +129,11 @@ class Judges:
     """Driver's side of the judge: verdicts in prompt order, and batches."""
 
     def __init__(
-        self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, examples: int, timeout_s: float
+        self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, timeout_s: float
     ) -> None:
         self._actors = tuple(actors)
         self._num_shards = num_shards
         self._max_error_fraction = max_error_fraction
-        self._examples = examples
         self._timeout_s = timeout_s
 
     def judge(self, finished: Iterator[tuple[int, Any]]) -> tuple[Group, ...]:
@@ -184,7 +183,6 @@ class Judges:
             members=tuple(tuple(row for group in shard for row in plans[group][3]) for shard in shards),
             selected=tuple(row.train for row in rows),
             counts=counts,
-            examples=tuple(group.reference for group in accepted[: self._examples]),
         )
 
     def _counts(self, everything: Sequence[Group], accepted: Sequence[Group], rounds: int) -> dict[str, float]:

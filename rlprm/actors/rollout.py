@@ -92,7 +92,7 @@ class Rollouts:
         self._max_tokens = max_tokens
         self._samples = samples
         self._timeout_s = timeout_s
-        self.aborted = 0  # responses that an engine gave up and sampled again
+        self._aborted = 0
 
     def requests(self, prompts: Sequence[Prompt], *key: object) -> list[Request]:
         """Training requests; ``key`` (step, round) makes their seeds unlike those of every other step."""
@@ -127,7 +127,7 @@ class Rollouts:
             stream = ready[0]
             try:
                 index, aborted = ray.get(next(stream), timeout=self._timeout_s)
-                self.aborted += aborted
+                self._aborted += aborted
                 yield index, next(stream)
             except StopIteration:
                 streams.remove(stream)
@@ -137,6 +137,11 @@ class Rollouts:
                 raise WorkerLost(f"a rollout engine failed: {error.cause}; see logs/rollout*.log") from error
             except RayActorError as error:
                 raise WorkerLost(f"a rollout engine died: {error}") from error
+
+    def take_aborted(self) -> int:
+        """Responses that an engine gave up and sampled again since the last call."""
+        count, self._aborted = self._aborted, 0
+        return count
 
     def logprobs(self, tokens: list[list[int]], temperature: float) -> list[list[list[float]]]:
         """log mu of fixed tokens on every engine."""

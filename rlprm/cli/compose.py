@@ -84,7 +84,7 @@ def composed(
             _refuse_new_keys(name, parsed, config_dir, reads)
             config = compose(name, arguments)
             origins = _origins(name, arguments)
-            _refuse_unread(name, parsed, reads)
+            _refuse_unread(name, parsed, config, reads)
             _refuse_missing(config, reads)
             values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -189,15 +189,22 @@ def _refuse_new_keys(
             raise ConfigError(f"{key}: there is no such key or group{_nearest(key, candidates)}")
 
 
-def _refuse_unread(name: str, overrides: Sequence[Override], reads: Callable[[str], bool]) -> None:
+def _refuse_unread(
+    name: str, overrides: Sequence[Override], config: DictConfig, reads: Callable[[str], bool]
+) -> None:
+    """What the command line sets must be read, or be where something that is read takes its value from."""
+    leaves = [(key, value) for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(key)]
+    used = {key for key, _ in leaves}
+    used |= {found for _, value in leaves if isinstance(value, str) for found in re.findall(r"\$\{([^}:]+)\}", value)}
     for override in overrides:
         target = override.package if override.package is not None else override.key_or_group
-        if override.key_or_group != "recipe" and not reads(target.replace("/", ".")):
+        met = any(f"{key}.".startswith(f"{target}.") or f"{target}.".startswith(f"{key}.") for key in used)
+        if not (met or override.is_delete() or override.key_or_group == "recipe"):
             raise ConfigError(f"{override.input_line}: rlprm {name} does not read {target}; leave it out")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, known, n=1) or [each for each in known if word and word in each]
     return f"; nearest is {near[0]!r}" if near else ""
 
 
@@ -237,8 +244,11 @@ def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
         prefix = default.package or ""
         for key, _ in _leaves(content, prefix):
             origins[key] = f"{default.config_path}.yaml"
+    chosen = set(_options([]))
     for line in arguments:
         override = OverridesParser.create().parse_override(line)
+        if override.key_or_group in chosen and override.value() is not None:
+            continue  # an option was chosen: its file has set the values
         if override.package is None and "/" not in override.key_or_group:
             prefix = override.key_or_group
             for key in [key for key in origins if key == prefix or key.startswith(prefix + ".")] or [prefix]:

@@ -8,8 +8,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from rlprm.errors import RlprmError
+from rlprm.errors import ConfigError, RlprmError
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -23,6 +24,19 @@ COMMANDS = {
     "export": "write policy and PRM of a run as Hugging Face folders",
     "report": "summary, table and plots of finished runs",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad options are errors like all others: one sentence, with the nearest option, and exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises:
+        ConfigError: always.
+        """
+        words = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        near = [found for word in words for found in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
+        raise ConfigError(f"{message} (see {self.prog} --help)" + (f"; nearest is {near[0]!r}" if near else ""))
 
 
 def usage() -> str:
@@ -46,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless it is asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = importlib.import_module(f"rlprm.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"rlprm {name}", description=COMMANDS[name], add_help=command.OWN_HELP)
+    parser = Parser(
+        prog=f"rlprm {name}", description=COMMANDS[name], add_help=command.OWN_HELP, allow_abbrev=False
+    )
     command.arguments(parser)
     try:
         return command.run(parser.parse_intermixed_args(rest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 from pathlib import Path
 
 from rich.console import Console
@@ -84,12 +85,14 @@ def parse_seeds(text: str | None) -> list[int] | None:
     return seeds
 
 
-def help_text(name: str, config_dir: Path | None) -> str:
-    """Groups with their options, and the keys with their comments."""
+def help_text(name: str, config_dir: Path | None, only: Container[str] | None = None) -> str:
+    """Groups (those in ``only``; None: all) with their options, and the keys with their comments."""
     from rlprm.paths import conf_dir
 
     lines = [f"rlprm {name} key=value group=option ...", "", "groups and options:"]
     for group, options in groups(config_dir).items():
+        if only is not None and group not in only:
+            continue
         lines.append(f"  {group:<14} {', '.join(options)}")
     lines += ["", f"keys of conf/{name}.yaml (groups bring more; --cfg prints all with their origin):"]
     comment = ""

@@ -19,7 +19,8 @@ def mini_batches(
     """The selected rows of this rank in each of ``parts`` mini-batches.
 
     Groups are dealt out by a permutation that every rank draws alike, so the members of a mini-batch do not depend on
-    the number of ranks. A rank may have no row of a part; all ranks still take that optimizer step together.
+    the number of ranks. A rank may have no row of a part; all ranks still take that optimizer step together. Only
+    groups below ``num_groups`` may be selected (accepted groups are numbered first).
 
     >>> group, every = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
     >>> sorted(rows.tolist() for rows in mini_batches(group, every, num_groups=2, parts=2, seed=0))
@@ -29,7 +30,7 @@ def mini_batches(
     part_of_group = torch.empty_like(order)
     part_of_group[order] = torch.arange(num_groups) % parts
     for part in range(parts):
-        yield torch.nonzero(selected & (part_of_group[group] == part)).flatten()
+        yield torch.nonzero(selected & (part_of_group[group.clamp_max(num_groups - 1)] == part)).flatten()
 
 
 def micros(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from rlprm.actors.cluster import actor_environment, cluster
@@ -20,10 +21,11 @@ from rlprm.actors.rollout import RolloutActor, Rollouts
 from rlprm.actors.transfer import GroupTransfer, ObjectStoreTransfer
 from rlprm.actors.worker import Worker
 from rlprm.batch import shards_needed
-from rlprm.config import Data, Model, Placement, RolloutSection, TrainConfig, VerifierSection
+from rlprm.config import Data, HeldOut, Placement, RolloutSection, SampledModel, TrainConfig, VerifierSection
 from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource, Source, held_out
 from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
+from rlprm.errors import ConfigError, RlprmError
 from rlprm.run import factories
 from rlprm.run.progress import Progress
 
@@ -51,8 +53,19 @@ class Learning:
 
 
 def made(part: Mapping[str, Any]) -> Any:
-    """The object that a `_target_` names; a partial without arguments is the function itself."""
-    built = instantiate(dict(part), _convert_="all")
+    """The object that a `_target_` names; a partial without arguments is the function itself.
+
+    Raises:
+        RlprmError: what the target itself raised on purpose.
+        ConfigError: it raised something else.
+    """
+    try:
+        built = instantiate(dict(part), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, RlprmError):
+            raise cause from None
+        raise ConfigError(f"{part.get('_target_')} cannot be made from its settings: {cause or error}") from error
     if not isinstance(built, functools.partial):
         return built
     # Hydra's own kind of partial does not travel to other processes as what it names
@@ -66,7 +79,7 @@ def prompts_of(data: Data, tokenizer: Any, *, seed: int) -> PromptSource:
     return PromptSource(sources, render, seed=seed, max_prompt_tokens=data.max_prompt_tokens)
 
 
-def evaluation_sets(data: Data, tokenizer: Any, *, limit: int | None, seed: int) -> dict[str, Any]:
+def evaluation_sets(data: HeldOut, tokenizer: Any, *, limit: int | None, seed: int) -> dict[str, Any]:
     """Held-out sets by name; over-long prompts are left out and counted in them."""
     render = made(data.template)(tokenizer)
     return {
@@ -92,8 +105,8 @@ def ray_cluster(placement: Placement, *, learners: bool) -> Iterator[None]:
 
 def sampling(
     *,
-    model: Model,
-    data: Data,
+    model: SampledModel,
+    data: HeldOut,
     verifier: VerifierSection,
     splitter: Mapping[str, Any],
     keep: Any,
@@ -103,7 +116,6 @@ def sampling(
     temperature: float,
     max_tokens: int,
     samples: int,
-    examples: int,
     logs: Path,
 ) -> Sampling:
     """Start engines and judges; returns at once, `ready` waits for them."""
@@ -127,7 +139,7 @@ def sampling(
     )
     engines = [
         ray.remote(RolloutActor).options(
-            **resources(cpus=1, gpus=placement.gpus_per_engine * placement.tensor_parallel, environment=environment)
+            **resources(cpus=1.0, gpus=placement.gpus_per_engine * placement.tensor_parallel, environment=environment)
         ).remote(factory, str(logs / f"rollout{number}.log"))
         for number in range(placement.engines)
     ]
@@ -136,7 +148,7 @@ def sampling(
     )
     judges = [
         ray.remote(JudgeActor).options(
-            **resources(cpus=1, gpus=0, environment=actor_environment(device="cpu", threads=1))
+            **resources(cpus=1.0, gpus=0.0, environment=actor_environment(device="cpu", threads=1))
         ).remote(judge_factory, str(logs / "judge0.log"))
     ]
     return Sampling(
@@ -152,7 +164,6 @@ def sampling(
             judges,
             num_shards=shards_needed(placement.policy_ranks, placement.prm_ranks),
             max_error_fraction=verifier.max_error_fraction,
-            examples=examples,
             timeout_s=placement.stage_timeout_s,
         ),
         judge_actors=tuple(judges),
@@ -211,7 +222,7 @@ def _workers(name: str, size: int, placement: Placement, logs: Path) -> list[Any
     """Ranks that are starting."""
     environment = actor_environment(device=placement.device, threads=placement.threads)
     return [
-        ray.remote(Worker).options(**resources(cpus=1, gpus=placement.gpus_per_rank, environment=environment)).remote(
+        ray.remote(Worker).options(**resources(cpus=1.0, gpus=placement.gpus_per_rank, environment=environment)).remote(
             str(logs / f"{name}{rank}.log")
         )
         for rank in range(size)

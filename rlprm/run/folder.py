@@ -34,7 +34,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._lock: IO[str] = _lock(path)
-        traces = [name for name in _TRACES if (path / name).exists()]
+        traces = [name for name in _TRACES if _holds_something(path / name)]
         if traces and not resume:
             self.close()
             raise ConfigError(
@@ -82,6 +82,11 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _holds_something(path: Path) -> bool:
+    # A start that failed before its first step (a wrong data file) leaves an empty folder of checkpoints behind.
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _lock(folder: Path) -> IO[str]:

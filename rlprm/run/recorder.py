@@ -23,6 +23,7 @@ class Recorder:
         clock: Any,
         transfer: Any,
         prompts: Any,
+        rollouts: Any,
         rollouts_total: float,
         version: float,
         progress: Callable[[str], None],
@@ -31,6 +32,7 @@ class Recorder:
         self._clock = clock
         self._transfer = transfer
         self._prompts = prompts
+        self._rollouts = rollouts
         self.rollouts_total = rollouts_total
         self.version = version  # of the policy that sampled the next batch
         self._progress = progress
@@ -46,6 +48,7 @@ class Recorder:
             **lengths(kept.rows),
             **staleness(kept.rows, self.version),
             **kept.counts,
+            "keep/aborted": float(self._rollouts.take_aborted()),
             **selected(kept),
             **scored.metrics,
             **credited,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprm import driver
+from rlprm.checks import check_model_folders
 from rlprm.cli.compose import Composed
 from rlprm.config import TrainConfig
 from rlprm.evaluation.evaluator import Evaluator
@@ -30,7 +31,6 @@ def train(config: TrainConfig, composed: Composed, progress: Progress) -> Path:
     path = run_folder(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(path, resume=config.resume == "auto"))
-        write_run_header(folder.path, composed.yaml(), versions(), commit())
         checkpointer = Checkpointer(folder.path / "checkpoints", config.checkpoint.keep_last)
         found = checkpointer.latest_valid() if config.resume == "auto" else None
         for skipped in checkpointer.skipped:
@@ -61,9 +61,12 @@ def assembled(
 ) -> Iterator[driver.Run]:
     """All parts of the run, started; stopped again at the end, also after an error or Ctrl-C."""
     logs = (folder / "logs").resolve()
+    # Everything that can be wrong with models and data is found before anything is written or started.
+    check_model_folders(config)
     tokenizer = build.load_tokenizer(config.model.path)
     prompts = build.prompts_of(config.data, tokenizer, seed=config.seed)
     sets = build.evaluation_sets(config.data, tokenizer, limit=config.evaluation.limit, seed=config.seed)
+    write_run_header(folder, composed.yaml(), versions(), commit())
     with ExitStack() as stack:
         with progress.stage("start Ray"):
             stack.enter_context(build.ray_cluster(config.placement, learners=True))
@@ -79,7 +82,6 @@ def assembled(
             temperature=config.temperature,
             max_tokens=config.max_response_tokens,
             samples=config.responses_per_prompt,
-            examples=config.tracker.rollout_groups,
             logs=logs,
         )
         groups: list[Any] = []
@@ -97,6 +99,7 @@ def assembled(
             clock=clock,
             transfer=learning.transfer,
             prompts=prompts,
+            rollouts=started.rollouts,
             rollouts_total=0.0 if found is None else float(found[1]["rollouts_total"]),
             version=0.0 if found is None else float(found[1]["version"]),
             progress=lambda words: bar.advance(1, words),

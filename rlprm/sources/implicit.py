@@ -77,12 +77,13 @@ class ImplicitPrm:
         """Cross-entropy on the outcomes of every accepted rollout that has one."""
         base = self._measured_from(old, ref)
         known = shard.train & shard.outcome_present
+        groups = int(self._reduce.max(torch.where(shard.train, shard.group, -1).max().double())) + 1
         updates = []
         for epoch in range(self._passes.epochs):
             for rows in mini_batches(
                 shard.group,
                 known,
-                num_groups=int(self._reduce.max(shard.group.max().double())) + 1,
+                num_groups=groups,
                 parts=self._passes.mini_batches,
                 seed=(self._passes.seed * 1_000_003 + self._learner.steps) * 1_009 + epoch,
             ):

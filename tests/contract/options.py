@@ -14,6 +14,7 @@ from rlprm.paths import conf_dir, recipes_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = {"train": TrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig}
+COMPANIONS = {"critic": ["method=ppo"]}  # a critic accumulates by GAE, so the method must leave that to it
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
 
@@ -64,7 +65,8 @@ def chosen(group: str, option: str) -> tuple[str, list[str]]:
     """(entry, overrides) of a configuration that has this option; what the option leaves open is filled in."""
     entry, package = place(group)
     key = group if package == group else f"{group}@{package}"
-    overrides = [f"{key}={option}", *missing(read(conf_dir() / group / f"{option}.yaml"), package)]
+    overrides = [*COMPANIONS.get(group, []), f"{key}={option}"]
+    overrides += [*missing(read(conf_dir() / group / f"{option}.yaml"), package)]
     return entry, overrides + required(entry, overrides)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration import support
+from tests.integration.support import PRM, VLLM, Done
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,17 @@ def ray_once() -> Iterator[None]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny model that is right about some chains."""
     return support.warmed_model(tmp_path_factory.mktemp("model"))
+
+
+# Everything that a run can write, and every step saved.
+THREE_STEPS = (
+    *PRM, *VLLM, "placement=cpu_two_ranks", "policy.zero_stage=2", "steps=3", "gate@streams.process.gate=trust",
+    "tracker=wandb", "tracker.rollout_groups=2", "tracker.tensorboard=true", "checkpoint.every=1",
+    "checkpoint.keep_last=3", "evaluation.every=2", "evaluation.samples=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def three_steps(ray_once: None, model: str, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """PRIME for three steps on 2 policy ranks (ZeRO-2), 1 PRM rank and 1 vLLM engine."""
+    return support.train(tmp_path_factory.mktemp("three_steps"), model, *THREE_STEPS)

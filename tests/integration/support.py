@@ -1,30 +1,29 @@
-"""Whole runs on tiny models: a warmed chain-arithmetic model, configurations in the user's own words, and what is left."""
+"""Whole runs on tiny models: a warmed model, configurations in the user's own words, and what a run leaves behind."""
 
 from __future__ import annotations
 
 import io
 import json
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 
 from rlprm import driver
-from rlprm.batch import Batch, jagged_texts
+from rlprm.batch import Batch, Row, jagged_texts
 from rlprm.cli.compose import Composed, composed
 from rlprm.config import TrainConfig, validated
 from rlprm.data.tasks.chain_arithmetic import ChainArithmetic, write_model_folder
+from rlprm.data.tokenizer import load_tokenizer
 from rlprm.run import training
-from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.progress import Progress
 
-MODULUS = 3  # a guess is right one time in three, so most groups are mixed
-# Two-line chains: short enough for a model of 0.1 M parameters, long enough to have steps.
-TASK = ChainArithmetic(modulus=MODULUS, operations=(2, 2))
-RESPONSE = 16  # tokens: two lines of five characters, a newline and EOS are 12
+# Two-line chains modulo 3: a model that has learnt the form only is right one time in three, so most groups are mixed.
+TASK = ChainArithmetic(modulus=3, operations=(2, 2))
 
 SMALL = (
     "data.train.chain.reader.source.modulus=3",
@@ -32,17 +31,17 @@ SMALL = (
     "data.train.chain.reader.source.size=64",
     "data.evaluation.chain_test.source.size=8",
     "data.max_prompt_tokens=16",
-    f"max_response_tokens={RESPONSE}",
+    "max_response_tokens=16",
     "prompts_per_step=4",
     "keep.min_prompts=2",
     "responses_per_prompt=4",
-    "policy.lr=1e-3",
+    "policy.lr=3e-4",
     "policy.warmup=0",
     "evaluation.every=0",
     "checkpoint.every=0",
     "tracker.tensorboard=false",
 )
-PRM = ("streams.process.source.learner.lr=1e-3", "streams.process.source.kind.beta=1.0")
+PRM = ("streams.process.source.learner.lr=3e-4", "streams.process.source.kind.beta=1.0")
 VLLM = ("rollout.engine.kv_cache_bytes=16777216", "rollout.engine.max_num_seqs=32")
 TRANSFORMERS = ("rollout=transformers", "rollout.engine.max_num_seqs=32")
 
@@ -60,10 +59,12 @@ def warmed_model(folder: Path, updates: int = 150) -> str:
         prompts, tokens = [], []
         for prompt, response in texts[start : start + 32]:
             prompts.append(len(prompt))
-            tokens.append(tokenizer(prompt + response).input_ids + [tokenizer.eos_token_id])
+            tokens.append([*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id])
         longest = max(map(len, tokens))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens])
-        labels = torch.tensor([[-100] * p + row[p:] + [-100] * (longest - len(row)) for p, row in zip(prompts, tokens, strict=True)])
+        labels = torch.tensor(
+            [[-100] * p + row[p:] + [-100] * (longest - len(row)) for p, row in zip(prompts, tokens, strict=True)]
+        )
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -78,98 +79,130 @@ def configured(folder: Path, model: str, *overrides: str) -> tuple[TrainConfig, 
     return validated(TrainConfig, made.values), made
 
 
-def train(folder: Path, model: str, *overrides: str) -> tuple[Path, str]:
-    """A whole run through the program's own entry; its folder, and what was said on the screen."""
-    config, made = configured(folder, model, *overrides)
-    screen = io.StringIO()
-    path = training.train(config, made, Progress(Console(file=screen, width=400), patience=1e9))
-    return path, screen.getvalue()
+# Fixed texts of the task: expression, working and end, each scored from its second token on.
+PROBES = ["1+2*2\n1+2=0\n0*2=0", "2-1-2\n2-1=1\n1-2=1", "0*1+1\n0*1=2\n2+1=0", "2+2"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Publication:
-    """What one `publish` left behind: log-probs of the probe tokens on each engine and on the trainer."""
+    """What one publish left behind: log-probs of the probe tokens on each engine and on the trainer."""
 
     version: float
     engines: list[torch.Tensor]
     trainer: torch.Tensor
 
-
-@dataclass
-class Watched:
-    """The run's own transfer; after each publish the probe tokens are scored on both sides."""
-
-    inner: Any
-    temperature: float
-    seen: list[Publication] = field(default_factory=list)
-
-    def publish(self, policy: Any, rollouts: Any) -> None:
-        self.inner.publish(policy, rollouts)
-        engines = [
-            torch.tensor([value for row in answer for value in row])
-            for answer in rollouts.logprobs([list(p + r) for p, r in PROBES], self.temperature)
-        ]
-        self.seen.append(Publication(self.inner.metrics["weights/version"], engines, on_trainer(policy)))
-
-
-# Every token but the first is a response token, so the trainer scores it; ids of the chain tokenizer, any order.
-PROBES = [((5,), tuple(range(6, 19))), ((18,), (4, 4, 7, 1, 12, 12, 9)), ((9,), (9, 10, 15, 11, 18, 13, 4))]
-
-
-def on_trainer(policy: Any) -> torch.Tensor:
-    """The probes' log-probs through the driver's own call, one shard per rank; 0 for each first token."""
-    import ray  # here: whoever imports Ray before rlprm.actors fixes its authentication mode too early
-
-    shards = [ray.put(jagged_texts(PROBES[:2])), ray.put(jagged_texts(PROBES[2:]))]
-    values = policy.logprobs(probe_batch(shards))
-    return torch.cat([torch.as_tensor(part) for part in ray.get(list(values.shards))])
-
-
-def probe_batch(shards: list[Any]) -> Batch:
-    """A batch with nothing but shards: all that log-probs look at."""
-    return Batch(
-        step=0, rows=(), shards=tuple(shards), members=(), selected=(), counts={}, examples=()
-    )
+    @property
+    def gap(self) -> float:
+        """Largest difference of a log-prob between any engine and the trainer, in nats."""
+        return max(float((engine - self.trainer).abs().max()) for engine in self.engines)
 
 
 @dataclass(kw_only=True)
 class Done:
-    """A run that was watched: its folder, its publications, and exports made by the learners at the end."""
+    """A run that has ended: its folder and screen, and what was seen of it from outside while it ran."""
 
     folder: Path
-    seen: list[Publication]
-    exported: Path
+    screen: str = ""
+    files_before: set[str] = field(default_factory=set)  # of the run folder, when the first weights were published
+    published: list[Publication] = field(default_factory=list)
+    rows: list[Sequence[Row]] = field(default_factory=list)  # of each step
+    restored: int = 0  # prompts that had been taken when the run began
+    taken: int = 0  # ... and when it ended
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return metrics(self.folder)
+        """``metrics.jsonl``: one dictionary per step."""
+        return json_lines(self.folder / "metrics.jsonl")
+
+    @property
+    def metrics_of_steps(self) -> list[dict[str, Any]]:
+        """Those of training steps; an evaluation before the first has a line of its own."""
+        return [row for row in self.metrics if row["step"] > 0]
+
+    @property
+    def rollouts(self) -> list[dict[str, Any]]:
+        """``rollouts.jsonl``: one dictionary per response."""
+        return json_lines(self.folder / "rollouts.jsonl")
+
+    @property
+    def exported(self) -> Path:
+        """What the learners exported at the end."""
+        return self.folder.parent / "exported"
 
 
-def watched(folder: Path, model: str, *overrides: str) -> Done:
-    """A run assembled and driven as :func:`rlprm.run.training.train` does it, with every publish checked."""
+def train(folder: Path, model: str, *overrides: str) -> Done:
+    """A whole run through the program's own entry; only what passes by is looked at, nothing is replaced."""
     config, made = configured(folder, model, *overrides)
-    path, exported = training.run_folder(config), folder / "exported"
-    path.mkdir(parents=True)
-    checkpointer = Checkpointer(path / "checkpoints", config.checkpoint.keep_last)
-    with ExitStack() as stack:
-        run = stack.enter_context(
-            training.assembled(config, made, path, 1, None, checkpointer, Progress(quiet=True))
+    screen, loop = io.StringIO(), driver.train
+    done = Done(folder=training.run_folder(config))
+
+    def watched(run: driver.Run) -> None:
+        done.restored = taken(run)
+        loop(replace(run, transfer=Transfer(done, run.transfer, config), select=Select(done, run.select)))
+        done.taken = taken(run)
+        for group in filter(None, (run.policy.group, getattr(run.reference, "group", None))):
+            group.get(group.all(lambda worker: worker.export, str(done.exported)), "export")
+
+    with patch.object(driver, "train", watched):
+        training.train(config, made, Progress(Console(file=screen, width=400), patience=1e9))
+    done.screen = screen.getvalue()
+    return done
+
+
+def taken(run: driver.Run) -> int:
+    """Prompts drawn so far."""
+    return sum(run.prompts.state()["taken"].values())
+
+
+class Transfer:
+    """The run's own transfer; after each publish the probes are scored on both sides, by the calls of training."""
+
+    def __init__(self, done: Done, inner: Any, config: TrainConfig) -> None:
+        self._done = done
+        self._inner = inner
+        self._temperature = config.temperature
+        tokenizer = load_tokenizer(config.model.path)
+        self._probes = [tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
+
+    def publish(self, policy: Any, rollouts: Any) -> None:
+        if not self._done.published:
+            self._done.files_before = {path.name for path in self._done.folder.iterdir()}
+        self._inner.publish(policy, rollouts)
+        self._done.published.append(
+            Publication(
+                version=self._inner.metrics["weights/version"],
+                engines=[
+                    torch.tensor([value for row in answer for value in row])
+                    for answer in rollouts.logprobs(self._probes, self._temperature)
+                ],
+                trainer=self._on_trainer(policy),
+            )
         )
-        transfer = Watched(run.transfer, config.temperature)
-        driver.train(replace(run, transfer=transfer))
-        for group in {id(g): g for g in (run.policy.group, getattr(run.reference, "group", run.policy.group))}.values():
-            group.get(group.all(lambda worker: worker.export, str(exported)), "export")
-    return Done(folder=path, seen=transfer.seen, exported=exported)
+
+    def _on_trainer(self, policy: Any) -> torch.Tensor:
+        """Through `Policy.logprobs`, one shard per rank; a sequence's first token has none, and both sides say 0."""
+        import ray  # late: imported before rlprm.actors, Ray would not know of its authentication
+
+        pairs = [((first,), tuple(others)) for first, *others in self._probes]
+        shards = (ray.put(jagged_texts(pairs[:2])), ray.put(jagged_texts(pairs[2:])))
+        batch = Batch(step=0, rows=(), shards=shards, members=(), selected=(), counts={})
+        return torch.cat(policy.group.get(list(policy.logprobs(batch).shards), "probes"))
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """``metrics.jsonl``, one dictionary per step."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+class Select:
+    """The run's own choice of rows, and a look at what it is given."""
+
+    def __init__(self, done: Done, inner: Any) -> None:
+        self._done = done
+        self._inner = inner
+
+    def __call__(self, rows: Sequence[Row]) -> Any:
+        self._done.rows.append(rows)
+        return self._inner(rows)
 
 
-def rollouts(folder: Path) -> list[dict[str, Any]]:
-    """``rollouts.jsonl``, one dictionary per response."""
-    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def moved(folder: Path, model: str) -> float:
@@ -177,4 +210,5 @@ def moved(folder: Path, model: str) -> float:
     from safetensors.torch import load_file
 
     first, now = load_file(Path(model) / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert first.keys() == now.keys()
     return max(float((now[name] - first[name]).abs().max()) for name in first)
