@@ -20,7 +20,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 quickstart: setup ## set up, train the embedded task with PRIME, evaluate it before and after (under 12 minutes)
-	@.venv/bin/rlprm train recipe=chain_arithmetic_cpu --summary
+	@.venv/bin/rlprm train recipe=chain_arithmetic_cpu name=quickstart resume=auto --summary
 
 setup: ## create .venv from cluster/lock/cpu.txt; does nothing when that is up to date
 	@PYTHON="$(PYTHON)" cluster/setup_cpu.sh

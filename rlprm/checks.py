@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlprm.batch import shards_needed
+from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def _sources(config: TrainConfig) -> None:
             )
         if stream.source is not None and (stream.source.model is None) != (stream.source.learner is None):
             raise ValueError(f"streams.{name}.source has only one of model and learner; a PRM needs both, a rule none")
+        if stream.gate["_target_"] == "rlprm.core.gates.trust_gate" and (stream.source is None or not stream.source.model):
+            raise ValueError(
+                f"streams.{name}.gate is trust, and only a PRM's pair accuracy is measured, so its trust would stay 0; "
+                f"use gate@streams.{name}.gate=open"
+            )
     learnt = [name for name, stream in config.streams.items() if stream.source and stream.source.model]
     if len(learnt) > 1:
         raise ValueError(f"streams {', '.join(learnt)} each train a PRM; one learnt PRM per run is supported")
@@ -117,13 +123,19 @@ def _arithmetic(config: TrainConfig) -> None:
             f"keep.min_prompts is {config.keep.min_prompts} and a batch has {shards} shards; each needs a group of its own, "
             f"so set keep.min_prompts to at least {shards}"
         )
-    for role, learner in (("policy", config.policy), ("critic", config.critic.learner if config.critic else None)):
-        if learner is not None and learner.mini_batches > config.prompts_per_step:
+    learners = {"policy": config.policy}
+    if config.critic is not None:
+        learners["critic.learner"] = config.critic.learner
+    for name, stream in config.streams.items():
+        if stream.source is not None and stream.source.learner is not None:
+            learners[f"streams.{name}.source.learner"] = stream.source.learner
+    for role, learner in learners.items():
+        if learner.mini_batches > config.prompts_per_step:
             raise ValueError(
                 f"{role}.mini_batches is {learner.mini_batches} and prompts_per_step {config.prompts_per_step}; a mini-batch "
                 "holds at least one prompt's group"
             )
-        if learner is not None and learner.offload != "none" and config.placement.device == "cpu":
+        if learner.offload != "none" and config.placement.device == "cpu":
             raise ValueError(f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from")
     if config.placement.weight_transport == "gloo" and config.placement.device == "cuda":
         raise ValueError("weight_transport gloo moves tensors on CPU; use nccl (between GPUs) or object_store on cuda")
@@ -131,11 +143,24 @@ def _arithmetic(config: TrainConfig) -> None:
 
 def _pieces(config: TrainConfig) -> None:
     """Let every piece check its own settings, on two made-up responses."""
+    import torch
+
     from rlprm.core.credit import CriticPlan, probe
+    from rlprm.core.mismatch import mismatch_weights
+    from rlprm.run.build import made
     from rlprm.run.factories import plans
 
     critic = config.critic and CriticPlan(gamma=config.critic.gamma, lam=config.critic.lam)
-    try:
-        probe(plans(config), critic, whiten=config.whiten)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+    one, gap = torch.zeros(1, 1), config.mismatch
+    tries = {
+        "streams": lambda: probe(plans(config), critic, whiten=config.whiten),
+        "policy_loss.surrogate": lambda: made(config.policy_loss.surrogate)(one, one, one, one == 0),
+        "mismatch": lambda: mismatch_weights(one, one, one == 0, mode=gap.mode, cap=gap.cap, low=gap.low),
+        "splitter": lambda: made(config.splitter)(["a"]),
+        "keep.rule": lambda: made(config.keep.rule)([]),
+    }
+    for key, attempt in tries.items():
+        try:
+            attempt()
+        except ConfigError as error:
+            raise ValueError(f"{key}: {error}") from error

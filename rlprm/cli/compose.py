@@ -84,7 +84,7 @@ def composed(
             _refuse_new_keys(name, parsed, config_dir, reads)
             config = compose(name, arguments)
             origins = _origins(name, arguments)
-            _refuse_unread(name, parsed, config, reads)
+            _refuse_unread(name, parsed, config, origins, reads)
             _refuse_missing(config, reads)
             values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -190,7 +190,11 @@ def _refuse_new_keys(
 
 
 def _refuse_unread(
-    name: str, overrides: Sequence[Override], config: DictConfig, reads: Callable[[str], bool]
+    name: str,
+    overrides: Sequence[Override],
+    config: DictConfig,
+    origins: Mapping[str, str],
+    reads: Callable[[str], bool],
 ) -> None:
     """What the command line sets must be read, or be where something that is read takes its value from."""
     leaves = [(key, value) for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(key)]
@@ -199,6 +203,9 @@ def _refuse_unread(
     for override in overrides:
         target = override.package if override.package is not None else override.key_or_group
         met = any(f"{key}.".startswith(f"{target}.") or f"{target}.".startswith(f"{key}.") for key in used)
+        # an option that sets keys all over (a method) is no section of its own: what counts is what its file has set
+        option = f"{override.key_or_group}/{override.value()}.yaml"
+        met = met or any(option == origin and key in used for key, origin in origins.items())
         if not (met or override.is_delete() or override.key_or_group == "recipe"):
             raise ConfigError(f"{override.input_line}: rlprm {name} does not read {target}; leave it out")
 

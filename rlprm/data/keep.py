@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlprm.errors import ConfigError
 from rlprm.roles import Verified
 
 
@@ -17,6 +18,11 @@ def accuracy_band(group: Sequence[Verified], *, low: float, high: float) -> bool
 
     Source: PRIME's online prompt filter (arXiv:2502.01456, section 3). The authors' code includes both bounds, their
     algorithm picture excludes them; with 0/1 outcomes and four responses both drop just the all-right and all-wrong.
+
+    Raises:
+        ConfigError: bounds that no prompt could meet.
     """
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"the accuracy band is {low} to {high}; expected 0 <= low <= high <= 1")
     outcomes = [item.verdict.outcome for item in group if item.verdict.outcome is not None]
     return bool(outcomes) and low <= sum(outcomes) / len(outcomes) <= high

@@ -65,7 +65,7 @@ def summarise(folder: Path) -> Summary:
     """
     rows = read_metrics(folder)
     stages = _seconds(rows)
-    total = sum(seconds for name, seconds in stages if name == "step")
+    total = sum((seconds for name, seconds in stages if name == "step"), 0.0)
     return Summary(
         folder=folder,
         steps=max((row["step"] for row in rows), default=0),

@@ -31,7 +31,10 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool) -> None:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"output folder {path} is a file; expected a folder that is new, empty or holds this run")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output folder {path} cannot be made ({error}); choose another output_dir") from None
         self.path = path
         self._lock: IO[str] = _lock(path)
         traces = [name for name in _TRACES if _holds_something(path / name)]

@@ -66,7 +66,6 @@ def assembled(
     tokenizer = build.load_tokenizer(config.model.path)
     prompts = build.prompts_of(config.data, tokenizer, seed=config.seed)
     sets = build.evaluation_sets(config.data, tokenizer, limit=config.evaluation.limit, seed=config.seed)
-    write_run_header(folder, composed.yaml(), versions(), commit())
     with ExitStack() as stack:
         with progress.stage("start Ray"):
             stack.enter_context(build.ray_cluster(config.placement, learners=True))
@@ -90,6 +89,8 @@ def assembled(
             learning = build.learning(config, logs=logs)
         groups += learning.groups
         build.ready(started, config.placement, progress, logs)
+        # not sooner: a start that failed must not make the folder look like one that holds a run
+        write_run_header(folder, composed.yaml(), versions(), commit())
         resumed = config.resume == "auto"  # a run that was cut off before its first checkpoint begins anew in its folder
         trackers = _trackers(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
         clock = Clock()

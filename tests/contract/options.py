@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlprm.cli.compose import composed, groups
-from rlprm.config import EvaluateConfig, SftConfig, TrainConfig
+from rlprm.cli.evaluate import reads
+from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
 from rlprm.paths import conf_dir, recipes_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMAS = {"train": TrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig, "judge": JudgeConfig}
+# What each command must be told, and which keys of its configuration it reads.
+REQUIRED = {
+    "train": ["model.path=somewhere"],
+    "sft": ["model.path=somewhere", "output=somewhere"],
+    "evaluate": ["model.path=somewhere"],
+    "judge": [],
+}
+READS: Mapping[str, Callable[[str], bool]] = {"evaluate": reads}
 COMPANIONS = {"critic": ["method=ppo"]}  # a critic accumulates by GAE, so the method must leave that to it
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
@@ -72,8 +82,13 @@ def chosen(group: str, option: str) -> tuple[str, list[str]]:
 
 def required(entry: str, overrides: list[str]) -> list[str]:
     """The values that every run must give itself."""
-    wanted = ["model.path=somewhere"] + (["output=somewhere"] if entry == "sft" else [])
-    return [each for each in wanted if each.split("=")[0] not in {line.split("=")[0] for line in overrides}]
+    given = {line.split("=")[0] for line in overrides}
+    return [each for each in REQUIRED[entry] if each.split("=")[0] not in given]
+
+
+def values(entry: str, overrides: list[str]) -> Mapping[str, Any]:
+    """What the command composes from the overrides."""
+    return composed(entry, overrides, reads=READS.get(entry, lambda key: True)).values
 
 
 def missing(content: Any, package: str) -> list[str]:
@@ -90,9 +105,10 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
+@cache
 def values_of(group: str, option: str) -> Mapping[str, Any]:
-    """The whole composed configuration with this option."""
-    return composed(*chosen(group, option)).values
+    """The whole composed configuration with this option (composed once, for all tests of a run)."""
+    return values(*chosen(group, option))
 
 
 def content_of(group: str, option: str) -> Any:

@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from rlprm.cli.compose import composed
-from rlprm.config import TrainConfig, validated
+from rlprm.config import SftConfig, TrainConfig, validated
 from rlprm.paths import conf_dir, recipes_dir
 from rlprm.run.build import made
 from tests.contract import options as listing
@@ -21,8 +21,7 @@ def named(pair: tuple[str, str]) -> str:
 
 @pytest.mark.parametrize("pair", listing.options(), ids=named)
 def test_option_composes_and_validates(pair):
-    entry, overrides = listing.chosen(*pair)
-    validated(listing.SCHEMAS[entry], composed(entry, overrides).values)
+    validated(listing.SCHEMAS[listing.place(pair[0])[0]], listing.values_of(*pair))
 
 
 @pytest.mark.parametrize("pair", listing.options(), ids=named)
@@ -42,15 +41,23 @@ def test_recipe_composes_validates_and_instantiates(recipe):
         made(part)
 
 
+@pytest.mark.parametrize("recipe", [each for each in listing.recipes() if (recipes_dir() / each / "warm_up.yaml").exists()])
+def test_warm_up_of_a_recipe_composes_and_validates(recipe):
+    config = validated(SftConfig, listing.values("sft", [f"recipe={recipe}"]))
+    made(config.initial)
+
+
 @pytest.mark.parametrize("entry", listing.entries())
 def test_entry_has_a_schema_and_validates_with_its_own_defaults(entry):
-    validated(listing.SCHEMAS[entry], composed(entry, listing.required(entry, [])).values)
+    validated(listing.SCHEMAS[entry], listing.values(entry, listing.REQUIRED[entry]))
 
 
-@pytest.mark.parametrize("entry", listing.entries())
+@pytest.mark.parametrize("entry", [entry for entry in listing.entries() if listing.REQUIRED[entry]])
 def test_value_that_nobody_gave_is_named(entry):
-    with pytest.raises(ValueError, match=r"no value for .*model\.path.*give it on the command line"):
-        composed(entry, ["output=x"] if entry == "sft" else [])
+    for left_out in listing.REQUIRED[entry]:
+        key = re.escape(left_out.split("=")[0])
+        with pytest.raises(ValueError, match=rf"no value for {key}; give it on the command line \({key}=\.\.\.\)"):
+            listing.values(entry, [given for given in listing.REQUIRED[entry] if given != left_out])
 
 
 @pytest.mark.parametrize("group", sorted({group for group, _ in listing.options()}))

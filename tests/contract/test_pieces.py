@@ -161,5 +161,5 @@ def test_own_normalizer_from_a_config_folder(tmp_path, monkeypatch):
     assert isinstance(normalizer, partial) and normalizer.keywords == {"by": 2.0}
     checks.check_normalizer(normalizer)
     checks.check_normalizer_is_global(normalizer)
-    with pytest.raises(ValueError, match=r"own_pieces\.halved takes no argument 'bu' .*nearest is 'by'"):
-        validated(TrainConfig, composed("train", [*overrides, "+streams.process.normalizer.bu=1"], folder).values)
+    with pytest.raises(ValueError, match=r"own_pieces\.halved takes no argument 'byy' .*nearest is 'by'"):
+        validated(TrainConfig, composed("train", [*overrides, "+streams.process.normalizer.byy=1"], folder).values)

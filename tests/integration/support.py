@@ -25,13 +25,15 @@ from rlprm.run.progress import Progress
 # Two-line chains modulo 3: a model that has learnt the form only is right one time in three, so most groups are mixed.
 TASK = ChainArithmetic(modulus=3, operations=(2, 2))
 
-SMALL = (
+CHAIN = (
     "data.train.chain.reader.source.modulus=3",
     "data.train.chain.reader.source.operations=[2,2]",
     "data.train.chain.reader.source.size=64",
     "data.evaluation.chain_test.source.size=8",
     "data.max_prompt_tokens=16",
     "max_response_tokens=16",
+)
+SMALL = (
     "prompts_per_step=4",
     "keep.min_prompts=2",
     "responses_per_prompt=4",
@@ -75,7 +77,8 @@ def warmed_model(folder: Path, updates: int = 150) -> str:
 
 def configured(folder: Path, model: str, *overrides: str) -> tuple[TrainConfig, Composed]:
     """A run's configuration, exactly as `rlprm train` would make it; later overrides win."""
-    made = composed("train", [*SMALL, f"output_dir={folder}", f"model.path={model}", *overrides])
+    task = () if any(override.startswith("data=") for override in overrides) else CHAIN
+    made = composed("train", [*SMALL, *task, f"output_dir={folder}", f"model.path={model}", *overrides])
     return validated(TrainConfig, made.values), made
 
 
