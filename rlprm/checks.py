@@ -147,7 +147,7 @@ def _pieces(config: TrainConfig) -> None:
 
     from rlprm.core.credit import CriticPlan, probe
     from rlprm.core.mismatch import mismatch_weights
-    from rlprm.run.build import made
+    from rlprm.parts import made
     from rlprm.run.factories import plans
 
     critic = config.critic and CriticPlan(gamma=config.critic.gamma, lam=config.critic.lam)

@@ -36,15 +36,24 @@ class Scored:
 class Pending:
     """Work that was named and not waited for."""
 
-    group: WorkerGroup | None
+    group: WorkerGroup
     summaries: tuple[Any, ...]
     what: str
 
     def result(self) -> dict[str, float]:
         """Wait, and merge what the ranks measured."""
-        if self.group is None:
-            return {}
         return global_numbers(self.group.get(list(self.summaries), self.what))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingAll:
+    """Several pieces of work, none for a run without process sources."""
+
+    parts: tuple[Pending, ...]
+
+    def result(self) -> dict[str, float]:
+        """Wait for all of them."""
+        return {name: value for part in self.parts for name, value in part.result().items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +147,8 @@ class Sources:
         metrics: dict[str, float] = {}
         for name, (_, summaries) in asked.items():
             answers = self._sources[name].get(list(summaries), f"score of {name}")
-            metrics["timing_s/prm_score"] = max(seconds for _, seconds in answers)
+            slowest = max(seconds for _, seconds in answers)
+            metrics["timing_s/prm_score"] = metrics.get("timing_s/prm_score", 0.0) + slowest
             measured = [one for one, _ in answers if one is not None]
             if measured:
                 found = quality(measured)
@@ -151,16 +161,21 @@ class Sources:
             metrics=metrics,
         )
 
-    def learn(self, batch: Batch, old: TokenValues, ref: TokenValues) -> Pending:
-        for name, group in self._sources.items():
-            size = len(group.workers)
-            columns = [batch.shards, old.shards, ref.shards]
-            references = []
-            for rank, worker in enumerate(group.workers):
-                parts = [[column[index] for index in range(rank, len(batch.shards), size)] for column in columns]
-                references.append(worker.learn_source.remote(*parts, name))
-            return Pending(group=group, summaries=tuple(references), what=f"update of {name}")
-        return Pending(group=None, summaries=(), what="no process source")
+    def learn(self, batch: Batch, old: TokenValues, ref: TokenValues) -> PendingAll:
+        columns = [batch.shards, old.shards, ref.shards]
+        return PendingAll(
+            parts=tuple(
+                Pending(
+                    group=group,
+                    summaries=tuple(
+                        worker.learn_source.remote(*(column[rank :: len(group.workers)] for column in columns), name)
+                        for rank, worker in enumerate(group.workers)
+                    ),
+                    what=f"update of {name}",
+                )
+                for name, group in self._sources.items()
+            )
+        )
 
 
 def selection(batch: Batch) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlprm.cli.compose import composed, groups
-from rlprm.config import JudgeConfig, locate, validated
+from rlprm.config import JudgeConfig, validated
+from rlprm.parts import locate
 from rlprm.errors import ConfigError, DataError
 from rlprm.verify.pool import Job, VerifierPool, check_canaries
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlprm.core.alignment import token_logprobs
 from rlprm.engine.generating import Loadable, check_requests, check_tokens, read_config
 from rlprm.engine.weights import Backend, Digest, Group, Manifest, make_group, named_weights, receive, recorded, unpack
 from rlprm.roles import Finish, Request, Rollout
@@ -170,10 +171,10 @@ class HfGenerator(Loadable):
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row, device=device)
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        logits = self._model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-        scaled = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-        own = scaled.gather(-1, ids[:, 1:, None]).squeeze(-1).tolist()
-        return [[0.0, *row[: length - 1]] for row, length in zip(own, lengths, strict=True)]
+        logits = self._model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        owner = torch.where(mask, torch.arange(len(rows), device=device)[:, None], -1)
+        own = token_logprobs(logits, ids, owner, float(temperature or 1.0)).tolist()
+        return [row[:length] for row, length in zip(own, lengths, strict=True)]
 
 
 def _batches(requests: list[Request], max_num_seqs: int) -> Iterator[list[Request]]:

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the only place where `_target_` becomes an object."""
+"""From a configuration to the parts of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
 from rlprm.actors.cluster import actor_environment, cluster
 from rlprm.actors.group import WorkerGroup, answer, resources
@@ -26,6 +25,7 @@ from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource, Source, held_out
 from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
 from rlprm.errors import ConfigError, RlprmError
+from rlprm.parts import made
 from rlprm.run import factories
 from rlprm.run.progress import Progress
 
@@ -50,26 +50,6 @@ class Learning:
     sources: Sources
     transfer: Any
     groups: tuple[WorkerGroup, ...]
-
-
-def made(part: Mapping[str, Any]) -> Any:
-    """The object that a `_target_` names; a partial without arguments is the function itself.
-
-    Raises:
-        RlprmError: what the target itself raised on purpose.
-        ConfigError: it raised something else.
-    """
-    try:
-        built = instantiate(dict(part), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, RlprmError):
-            raise cause from None
-        raise ConfigError(f"{part.get('_target_')} cannot be made from its settings: {cause or error}") from error
-    if not isinstance(built, functools.partial):
-        return built
-    # Hydra's own kind of partial does not travel to other processes as what it names
-    return functools.partial(built.func, **built.keywords) if built.keywords else built.func
 
 
 def prompts_of(data: Data, tokenizer: Any, *, seed: int) -> PromptSource:

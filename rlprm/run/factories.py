@@ -36,7 +36,7 @@ def needs_reference(config: TrainConfig) -> bool:
 
 def plans(config: TrainConfig) -> list[StreamPlan]:
     """The streams' pieces, in the order of the configuration."""
-    from rlprm.run.build import made
+    from rlprm.parts import made
 
     return [
         StreamPlan(
@@ -57,7 +57,7 @@ def policy(config: TrainConfig) -> Any:
     from rlprm.engine.learner import Learner
     from rlprm.engine.model import load_causal
     from rlprm.engine.policy import Objective, Policy
-    from rlprm.run.build import made
+    from rlprm.parts import made
 
     model = load_causal(
         config.model.path,
@@ -130,7 +130,7 @@ def source(config: TrainConfig, name: str) -> Any:
     from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
     from rlprm.engine.model import load_causal
-    from rlprm.run.build import made
+    from rlprm.parts import made
 
     section = config.streams[name].source
     assert section is not None
@@ -159,7 +159,7 @@ def supervised(config: SftConfig, rank: int) -> Any:
     from rlprm.engine.learner import Learner
     from rlprm.engine.model import load_causal
     from rlprm.engine.sft import Supervised
-    from rlprm.run.build import made
+    from rlprm.parts import made
 
     tokenizer = load_tokenizer(config.model.path)
     model = load_causal(

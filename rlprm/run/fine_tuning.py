@@ -12,6 +12,7 @@ from rlprm.actors.group import answer
 from rlprm.config import SftConfig
 from rlprm.engine.combine import global_numbers
 from rlprm.errors import ConfigError
+from rlprm.parts import made
 from rlprm.run import build, factories
 from rlprm.run.progress import Progress
 
@@ -28,7 +29,7 @@ def fine_tune(config: SftConfig, progress: Progress) -> dict[str, float]:
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"output {output} is not empty; choose another folder or remove it")
     if config.initial is not None:
-        build.made(config.initial)(config.model.path)
+        made(config.initial)(config.model.path)
     logs = output.parent / f"{output.name}.logs"
     metrics: dict[str, float] = {}
     with ExitStack() as stack:

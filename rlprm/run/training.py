@@ -14,6 +14,7 @@ from rlprm.checks import check_model_folders
 from rlprm.cli.compose import Composed
 from rlprm.config import TrainConfig
 from rlprm.evaluation.evaluator import Evaluator
+from rlprm.parts import made
 from rlprm.run import build
 from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.clock import Clock
@@ -74,7 +75,7 @@ def assembled(
             data=config.data,
             verifier=config.verifier,
             splitter=config.splitter,
-            keep=build.made(config.keep.rule),
+            keep=made(config.keep.rule),
             rollout=config.rollout,
             placement=config.placement,
             seed=config.seed,
@@ -141,7 +142,7 @@ def assembled(
             policy=learning.policy,
             reference=learning.reference,
             sources=learning.sources,
-            select=build.made(config.select),
+            select=made(config.select),
             transfer=learning.transfer,
             evaluator=evaluator,
             recorder=recorder,

@@ -134,7 +134,7 @@ def parts(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def pieces(group: str) -> list[Any]:
     """The callable of every option of a group, for options that are one ``_target_``."""
-    from rlprm.run.build import made
+    from rlprm.parts import made
 
     return [made(content_of(group, option)) for option in of_group(group)]
 

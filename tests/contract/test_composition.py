@@ -11,7 +11,7 @@ import pytest
 from rlprm.cli.compose import composed
 from rlprm.config import SftConfig, TrainConfig, validated
 from rlprm.paths import conf_dir, recipes_dir
-from rlprm.run.build import made
+from rlprm.parts import made
 from tests.contract import options as listing
 
 

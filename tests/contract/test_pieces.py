@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlprm.core.groups import known
-from rlprm.run.build import made
+from rlprm.parts import made
 from tests.contract import checks
 from tests.contract import options as listing
 from tests.contract.samples import sample

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlprm.config import SftConfig, TrainConfig, locate, validated
+from rlprm.config import SftConfig, TrainConfig, validated
+from rlprm.parts import locate
 from rlprm.errors import ConfigError
 from tests.contract import options as listing
 
