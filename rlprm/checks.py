@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlprm.batch import shards_needed
-from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
 
 if TYPE_CHECKING:

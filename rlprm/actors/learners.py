@@ -168,7 +168,10 @@ class Sources:
                 Pending(
                     group=group,
                     summaries=tuple(
-                        worker.learn_source.remote(*(column[rank :: len(group.workers)] for column in columns), name)
+                        # lists: the worker hands them to ray.get, which takes no tuple
+                        worker.learn_source.remote(
+                            *(list(column[rank :: len(group.workers)]) for column in columns), name
+                        )
                         for rank, worker in enumerate(group.workers)
                     ),
                     what=f"update of {name}",

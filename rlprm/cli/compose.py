@@ -62,8 +62,8 @@ def composed(
 ) -> Composed:
     """The configuration ``conf/<name>.yaml`` under ``overrides``, interpolations resolved.
 
-    ``reads`` says of a dotted key whether the command uses it; leaves that it does not use are left out, and setting one
-    on the command line is an error. So a recipe, which is written for `train`, can serve another command too.
+    ``reads`` says of a dotted key whether the command uses it; leaves that it does not use are left out, and setting
+    one on the command line is an error. So a recipe, which is written for `train`, can serve another command too.
 
     Raises:
         ConfigError: unknown key, option or recipe (with the nearest right one), missing value, bad override, or a key
@@ -278,9 +278,10 @@ def _explain(name: str, error: Exception, first: Sequence[Path], reads: Callable
         config = compose(name)
     leaves = [leaf for leaf, _ in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(leaf)]
     sections = sorted({".".join(leaf.split(".")[:depth]) for leaf in leaves for depth in range(1, leaf.count(".") + 2)})
-    if places := [section for section in sections if section.endswith(f".{asked}")]:
-        if asked in groups():
-            return f"{asked}: say where this group is to go, for example {asked}@{places[0]}=... (also: {', '.join(places)})"
+    places = [section for section in sections if section.endswith(f".{asked}")]
+    if places and asked in groups():
+        where = f"for example {asked}@{places[0]}=... (also: {', '.join(places)})"
+        return f"{asked}: say where this group is to go, {where}"
     near = _nearest(asked, sections)
     top = ", ".join(sorted({leaf.split(".")[0] for leaf in leaves}))
     return f"{asked}: there is no such key in conf/{name}.yaml or the chosen options" + (near or f" (top level: {top})")

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from rlprm.cli.compose import composed, groups
 from rlprm.config import JudgeConfig, validated
-from rlprm.parts import locate
 from rlprm.errors import ConfigError, DataError
+from rlprm.parts import locate
 from rlprm.verify.pool import Job, VerifierPool, check_canaries
 
 LABELS = ("right", "wrong", "between", "none")
@@ -32,7 +32,9 @@ AHEAD = 64  # jobs read ahead per worker: enough to keep all busy while the slow
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `rlprm judge`."""
     known = groups()["verifier"]
-    parser.add_argument("--verifier", required=True, metavar="NAME", help=f"{', '.join(known)}: options of conf/verifier/")
+    parser.add_argument(
+        "--verifier", required=True, metavar="NAME", help=f"{', '.join(known)}: options of conf/verifier/"
+    )
     parser.add_argument("--input", type=Path, required=True, help="JSON Lines with gold and prediction (prompt, id)")
     parser.add_argument("--output", type=Path, required=True, help="JSON Lines with verdict 1/0/null, reason, seconds")
     parser.add_argument("overrides", nargs="*", metavar="verifier.KEY=VALUE", help="for example verifier.workers=4")

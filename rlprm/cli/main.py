@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless it is asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = importlib.import_module(f"rlprm.cli.{name}")
-    parser = Parser(
-        prog=f"rlprm {name}", description=COMMANDS[name], add_help=command.OWN_HELP, allow_abbrev=False
-    )
+    parser = Parser(prog=f"rlprm {name}", description=COMMANDS[name], add_help=command.OWN_HELP, allow_abbrev=False)
     command.arguments(parser)
     try:
         return command.run(parser.parse_intermixed_args(rest))

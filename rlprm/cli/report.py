@@ -81,7 +81,9 @@ def run_folders(given: Path) -> list[Path]:
         return [given]
     found = [path.parent for depth in ("*", "*/*", "*/*/*") for path in given.glob(f"{depth}/metrics.jsonl")]
     if not found:
-        raise DataError(f"{given} holds no run with metrics.jsonl; expected the folder of a run, or one that holds runs")
+        raise DataError(
+            f"{given} holds no run with metrics.jsonl; expected the folder of a run, or one that holds runs"
+        )
     return sorted(found)
 
 
@@ -108,7 +110,9 @@ def over_seeds(folders: Sequence[Path], output: Path) -> str:
             parts += [f"## {title}\n", table(runs, metrics, last=last)]
             plotted += [(runs, metric) for metric in metrics]
     if not plotted:
-        raise DataError(f"the runs ({', '.join(map(str, folders))}) logged nothing that can be compared; run them longer")
+        raise DataError(
+            f"the runs ({', '.join(map(str, folders))}) logged nothing that can be compared; run them longer"
+        )
     short = [f"- {log.folder} ended at step {log.done} of {log.steps}" for log in logs if log.done < log.steps]
     if short:
         parts += ["## Not finished\n", "\n".join(short) + "\n"]
@@ -159,9 +163,7 @@ def grouped(logs: Sequence[RunLog]) -> dict[str, dict[int, RunLog]]:
     return methods
 
 
-def by_methods(
-    methods: dict[str, dict[int, RunLog]], metrics: Sequence[str]
-) -> dict[tuple[str, ...], list[str]]:
+def by_methods(methods: dict[str, dict[int, RunLog]], metrics: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
     """Metrics by the methods of which every run has a finite value of them (an outcome-only run has no PRM)."""
     found: dict[tuple[str, ...], list[str]] = {}
     for metric in metrics:

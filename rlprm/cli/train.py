@@ -13,7 +13,6 @@ from rlprm.config import TrainConfig, validated
 from rlprm.errors import ConfigError
 from rlprm.run.progress import Progress
 
-
 OWN_HELP = False  # --help lists groups and options
 
 

@@ -18,7 +18,7 @@ from rlprm.engine.policy import Passes
 from rlprm.errors import AlignmentError
 from rlprm.records import JaggedShard, MicroBatch
 from rlprm.roles import Reduce
-from rlprm.sources.measure import measure
+from rlprm.sources.measure import Measurement, measure
 
 ReferenceKind = Literal["initial", "policy"]
 
@@ -58,7 +58,7 @@ class ImplicitPrm:
         self._reduce = reduce
         self._tokenizer = tokenizer
 
-    def score(self, shard: JaggedShard, old: Tensor, ref: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def score(self, shard: JaggedShard, old: Tensor, ref: Tensor | None) -> tuple[dict[str, Tensor], Measurement]:
         """Flat rewards and presence, and this rank's measurements of fresh rollouts (before any update)."""
         logprobs = self._learner.logprobs(shard, self._temperature)
         measured = measure(
@@ -161,7 +161,7 @@ class LearnsFirst(ImplicitPrm):
 
     _learned = agreed()
 
-    def score(self, shard: JaggedShard, old: Tensor, ref: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def score(self, shard: JaggedShard, old: Tensor, ref: Tensor | None) -> tuple[dict[str, Tensor], Measurement]:
         _, measured = super().score(shard, old, ref)
         self._learned = super().learn(shard, old, ref)
         return self._stream(shard, self._learner.logprobs(shard, self._temperature), old, ref), measured

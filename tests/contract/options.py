@@ -94,7 +94,9 @@ def values(entry: str, overrides: list[str]) -> Mapping[str, Any]:
 def missing(content: Any, package: str) -> list[str]:
     """A value for each ``???`` in an option."""
     prefix = "" if package in ("", "_global_") else f"{package}."
-    return [f"{prefix}{key}={ROWS}" for key, value in leaves(content) if value == "???" and prefix + key != "model.path"]
+    return [
+        f"{prefix}{key}={ROWS}" for key, value in leaves(content) if value == "???" and prefix + key != "model.path"
+    ]
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

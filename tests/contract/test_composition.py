@@ -10,8 +10,8 @@ import pytest
 
 from rlprm.cli.compose import composed
 from rlprm.config import SftConfig, TrainConfig, validated
-from rlprm.paths import conf_dir, recipes_dir
 from rlprm.parts import made
+from rlprm.paths import conf_dir, recipes_dir
 from tests.contract import options as listing
 
 
@@ -41,7 +41,9 @@ def test_recipe_composes_validates_and_instantiates(recipe):
         made(part)
 
 
-@pytest.mark.parametrize("recipe", [each for each in listing.recipes() if (recipes_dir() / each / "warm_up.yaml").exists()])
+@pytest.mark.parametrize(
+    "recipe", [each for each in listing.recipes() if (recipes_dir() / each / "warm_up.yaml").exists()]
+)
 def test_warm_up_of_a_recipe_composes_and_validates(recipe):
     config = validated(SftConfig, listing.values("sft", [f"recipe={recipe}"]))
     made(config.initial)

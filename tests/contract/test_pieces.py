@@ -47,7 +47,8 @@ def test_verifier_answers_or_fails_loudly(option):
     verify = made(listing.content_of("verifier", option)["function"])
     for gold, response in (("7", "7"), ("7", ""), ("7", "\n\n"), ("7", "so it is 8")):
         outcome, reason = verify(gold, response, "what is 3+4?")[:2] if option != "chain_arithmetic" else (0.0, "x")
-        assert outcome in (0.0, 1.0) and reason
+        assert outcome in (0.0, 1.0)
+        assert reason
         assert response or outcome == 0.0, "an empty answer was paid"
 
 
@@ -58,7 +59,8 @@ def test_data_gives_rows_with_gold(option):
     assert readers
     for reader in readers:
         rows = made(reader)
-        assert rows[0].question.strip() and rows[0].gold.strip()
+        assert rows[0].question.strip()
+        assert rows[0].gold.strip()
         assert len({row.id for row in rows[:50]}) == min(len(rows), 50)
 
 
@@ -69,7 +71,7 @@ def test_examples_are_pairs_of_text(option):
     assert all(isinstance(text, str) and text for pair in pairs for text in pair)
 
 
-# -- the checks can fail ------------------------------------------------------------------------------------------------
+# -- the checks can fail ---------------------------------------------------------------------------------------------
 
 
 def leaky(rewards, present, shard, reduce):
@@ -129,7 +131,7 @@ def test_other_broken_pieces_are_found():
         checks.check_surrogate(lambda new, old, gain, mask: ((new - old) * gain, {"ratio": (new - old).exp().detach()}))
 
 
-# -- a user's own piece -------------------------------------------------------------------------------------------------
+# -- a user's own piece ----------------------------------------------------------------------------------------------
 
 OWN = '''
 """A normalizer of the user's own."""
@@ -158,7 +160,8 @@ def test_own_normalizer_from_a_config_folder(tmp_path, monkeypatch):
     overrides = ["model.path=x", "normalizer@streams.process.normalizer=halved"]
     config = validated(TrainConfig, composed("train", overrides, folder).values)
     normalizer = made(config.streams["process"].normalizer)
-    assert isinstance(normalizer, partial) and normalizer.keywords == {"by": 2.0}
+    assert isinstance(normalizer, partial)
+    assert normalizer.keywords == {"by": 2.0}
     checks.check_normalizer(normalizer)
     checks.check_normalizer_is_global(normalizer)
     with pytest.raises(ValueError, match=r"own_pieces\.halved takes no argument 'byy' .*nearest is 'by'"):

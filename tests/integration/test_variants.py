@@ -41,7 +41,7 @@ def test_a_prm_that_learns_before_scoring_pays_in_the_first_step(ray_once: None,
         tmp_path, model, *PRM, "method=prime_as_released", "streams.process.source.kind.update=before",
         "streams.process.source.kind.reference=policy", "streams.process.source.kind.granularity=step",
         "policy.layout=packed", "streams.process.source.learner.layout=packed", "policy.token_budget=64",
-        "placement.engines=2", "placement.weight_transport=gloo",
+        "streams.process.source.learner.token_budget=64", "placement.engines=2", "placement.weight_transport=gloo",
     )  # fmt: skip
     assert any(rewards(done, 1, "process"))
     assert all(value is not None for response in of_steps(done, "process") for value in response)

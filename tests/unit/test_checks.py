@@ -51,7 +51,11 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
 @pytest.mark.parametrize(
     ("base", "changes", "words"),
     [
-        ("prime", {"streams.outcome.source": "=streams.process.source"}, "streams.outcome is built in and has a source"),
+        (
+            "prime",
+            {"streams.outcome.source": "=streams.process.source"},
+            "streams.outcome is built in and has a source",
+        ),
         ("prime", {"streams.process.source": None}, "streams.process has no source"),
         ("prime", {"streams.process.source.learner": None}, "only one of model and learner"),
         ("prime", {"streams.process.source.model": None}, "only one of model and learner"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rlprm.config import SftConfig, TrainConfig, validated
-from rlprm.parts import locate
 from rlprm.errors import ConfigError
+from rlprm.parts import locate
 from tests.contract import options as listing
 
 # Sections whose keys are names that the user makes up, not keys that the schema knows.
@@ -112,7 +112,7 @@ def test_every_number_and_switch_as_text_is_refused_by_name(keys):
     tried = 0
     for (schema, path), values in keys.items():
         value = parent_of(values, path)[path[-1]]
-        if isinstance(value, (bool, int, float)) and not (path[-1] == "bound"):
+        if isinstance(value, (bool, int, float)) and path[-1] != "bound":
             tried += 1
             copied = changed(values, ".".join(path), "wrong")
             assert path[-1] in message(schema, copied), path
@@ -187,7 +187,12 @@ def test_value_out_of_range_is_refused_by_name(train, key, value):
 
 
 def test_values_at_the_edge_are_accepted(train):
-    for key, value in (("seed", 0), ("verifier.max_error_fraction", 0.0), ("evaluation.every", 0), ("policy.warmup", 0)):
+    for key, value in (
+        ("seed", 0),
+        ("verifier.max_error_fraction", 0.0),
+        ("evaluation.every", 0),
+        ("policy.warmup", 0),
+    ):
         validated(TrainConfig, changed(train, key, value))
 
 
@@ -226,11 +231,15 @@ def _sections(annotation: Any):
 
 
 def test_target_is_imported_and_explained(train):
-    with pytest.raises(ConfigError, match=r"'rlprm\.core\.steps\.nothing' cannot be imported .*expected package\.module"):
+    with pytest.raises(
+        ConfigError, match=r"'rlprm\.core\.steps\.nothing' cannot be imported .*expected package\.module"
+    ):
         locate("rlprm.core.steps.nothing")
     with pytest.raises(ConfigError, match="is a float; expected a function or class"):
         locate("rlprm.core.groups.TIE")
-    assert "splitter: has no _target_ (keys: target)" in message(TrainConfig, changed(train, "splitter", {"target": "x"}))
+    assert "splitter: has no _target_ (keys: target)" in message(
+        TrainConfig, changed(train, "splitter", {"target": "x"})
+    )
     said = message(TrainConfig, changed(train, "splitter._partial_", False))
     assert "rlprm.core.steps.separator needs pieces" in said
 

@@ -7,14 +7,14 @@ import re
 import pytest
 from rich.console import Console
 
-from rlprm.cli.evaluate import document, reads, table
+from rlprm.actors.judge import Group
+from rlprm.batch import Row
 from rlprm.cli.compose import composed
+from rlprm.cli.evaluate import document, reads, table
 from rlprm.cli.main import main
 from rlprm.config import EvaluateConfig, validated
 from rlprm.core.metrics import check_name
 from rlprm.run.evaluating import Measured, described
-from rlprm.actors.judge import Group
-from rlprm.batch import Row
 
 RECIPE = "recipe=chain_arithmetic_cpu"
 

@@ -29,7 +29,8 @@ def run(root: Path, method: str, seed: int, final: float, *, steps: int = 2, don
 
 
 def test_two_methods_that_share_seeds_get_a_paired_interval(tmp_path, capsys):
-    # prime - plain is 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(0.975, 2) = 4.30265, half width 4.30265 * 0.1 / sqrt(3) = .2484
+    # prime - plain is 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(0.975, 2) = 4.30265;
+    # half width 4.30265 * 0.1 / sqrt(3) = 0.2484
     for seed, (first, second) in enumerate([(0.4, 0.3), (0.6, 0.4), (0.8, 0.5)]):
         run(tmp_path, "prime", seed, first, prm=True)
         run(tmp_path, "plain", seed, second)

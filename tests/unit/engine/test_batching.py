@@ -9,7 +9,9 @@ from rlprm.engine.batching import micros, mini_batches
 from tests.unit.made import shard
 
 
-def members(groups: list[int], parts: int, num_groups: int, seed: int, chosen: list[bool] | None = None) -> list[set[int]]:
+def members(
+    groups: list[int], parts: int, num_groups: int, seed: int, chosen: list[bool] | None = None
+) -> list[set[int]]:
     """Groups of each mini-batch on a rank that holds ``groups``."""
     group = torch.tensor(groups)
     selected = torch.ones(len(groups), dtype=torch.bool) if chosen is None else torch.tensor(chosen)
@@ -41,9 +43,7 @@ def test_a_rank_without_a_row_still_takes_every_part():
 
 def test_rows_that_are_not_selected_are_in_no_part():
     parts = list(
-        mini_batches(
-            torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), num_groups=2, parts=1, seed=0
-        )
+        mini_batches(torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), num_groups=2, parts=1, seed=0)
     )
     assert [rows.tolist() for rows in parts] == [[0, 2]]
 

@@ -11,9 +11,7 @@ from tests.unit.made import shard
 
 
 def test_rewards_stand_at_the_last_token_of_each_labelled_step():
-    made = shard(
-        [4, 3], [1.0, 0.0], steps=[[0, 0, 1, 1], [0, 1, 1]], labels=[(1, 0), (-1, 0)]
-    )
+    made = shard([4, 3], [1.0, 0.0], steps=[[0, 0, 1, 1], [0, 1, 1]], labels=[(1, 0), (-1, 0)])
     flat, measured = exact_steps("process", wrong=-1.0, right=0.5).score(made, torch.zeros(9), None)
     #                    prompt  step 0      step 1        prompt  unknown  step 1
     assert flat["rewards"].tolist() == [0.0, 0.0, 0.5, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0]
@@ -29,7 +27,7 @@ def test_a_right_step_worth_nothing_is_present_all_the_same():
 
 
 def test_no_labels_at_all_are_refused():
-    with pytest.raises(ConfigError, match="gave no step labels.*chain_arithmetic"):
+    with pytest.raises(ConfigError, match=r"gave no step labels.*chain_arithmetic"):
         exact_steps("process", wrong=-1.0, right=0.0).score(shard([2], [1.0]), torch.zeros(3), None)
 
 

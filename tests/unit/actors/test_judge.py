@@ -1,0 +1,185 @@
+"""The judge on hand-made rollouts: verdicts, steps, rows, shards and counts; no Ray."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+
+import pytest
+
+from rlprm.actors.judge import Group, Judge, JudgedGroup, Judges, lay_out, rows_of
+from rlprm.core.steps import separator
+from rlprm.data.keep import accuracy_band
+from rlprm.errors import ConfigError, VerifierError
+from rlprm.roles import Verdict
+from tests.unit.made import prompt, rollout, verified
+
+TEXT = {5: "1+", 6: "1", 7: "\n", 8: "2", 9: ""}  # 9: EOS
+
+
+class Tokenizer:
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens, "the verifier must not see EOS"
+        return "".join(TEXT[token] for token in tokens)
+
+
+class Pool:
+    """Answers at once, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+
+    def submit(self, gold: str, response: str, question: str) -> Future[Verdict]:
+        self.asked.append((gold, response, question))
+        future: Future[Verdict] = Future()
+        outcome = {"1+1\n2": 1.0, "2": 0.0}.get(response)
+        reason = "judged" if outcome is not None else "timeout after 5.0 s"
+        future.set_result(Verdict(outcome=outcome, reason=reason, seconds=0.0))
+        return future
+
+
+def judge() -> tuple[Judge, Pool]:
+    pool = Pool()
+    keep = partial(accuracy_band, low=0.2, high=0.8)
+    return Judge(tokenizer=Tokenizer(), pool=pool, splitter=partial(separator, text="\n"), keep=keep), pool
+
+
+def test_every_response_gets_its_verdict_and_steps():
+    own, pool = judge()
+    of = prompt(0, (1, 2))
+    group = own.judge(
+        [rollout((5, 6, 7, 8, 9), of=of), rollout((8, 9), of=of, sample=1), rollout((7,), of=of, sample=2)]
+    )
+    assert pool.asked == [("7", "1+1\n2", "question 0"), ("7", "2", "question 0"), ("7", "\n", "question 0")]
+    assert [each.verdict.outcome for each in group.verified] == [1.0, 0.0, None]
+    assert [each.text for each in group.verified] == ["1+1\n2", "2", "\n"]
+    assert group.steps == ((0, 0, 0, 1, 1), (0, 0), (0,))  # EOS belongs to the last step
+    assert own.keeps(group)  # one of the two judged is right
+
+
+def test_group_without_verdict_is_not_kept():
+    own, _ = judge()
+    assert not own.keeps(own.judge([rollout((7,)), rollout((5,))]))
+
+
+def judged(*outcomes: float | None, number: int = 0, length: int = 2, reason: str = "") -> JudgedGroup:
+    of = prompt(number, (1, 2, 3))
+    return JudgedGroup(
+        verified=tuple(
+            verified(tuple(range(5, 5 + length)), outcome, of=of, sample=sample, reason=reason)
+            for sample, outcome in enumerate(outcomes)
+        ),
+        steps=tuple(tuple(range(length)) for _ in outcomes),
+    )
+
+
+def test_rows_say_what_the_driver_may_know():
+    first, second = rows_of(judged(1.0, None, reason="timeout after 5.0 s"))
+    assert (first.prompt_id, first.source, first.sample, first.outcome) == ("a/0", "a", 0, 1.0)
+    assert (first.prompt_length, first.response_length, first.num_steps, first.version) == (3, 2, 2, 3)
+    assert (second.sample, second.outcome, second.reason) == (1, None, "timeout after 5.0 s")
+    assert not first.fresh
+    assert not first.train
+    assert rows_of(judged(0.0, length=0))[0].num_steps == 0
+
+
+def test_shard_holds_whole_groups_with_the_plan_of_each():
+    made = lay_out(
+        [judged(1.0, 0.0, number=0), judged(None, number=1, length=1)],
+        [(4, True, False, (8, 9)), (2, False, True, (3,))],
+    )
+    assert made.group.tolist() == [4, 4, 2]
+    assert made.row.tolist() == [8, 9, 3]
+    assert made.fresh.tolist() == [True, True, False]
+    assert made.train.tolist() == [False, False, True]
+    assert made.lengths.tolist() == [5, 5, 4]
+    assert made.prompt_lengths.tolist() == [3, 3, 3]
+    assert made.outcome_present.tolist() == [True, True, False]
+
+
+class Remote:
+    """An actor's method: remembers its arguments, and hands them back as the reference."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def remote(self, *arguments):
+        self.calls.append(arguments)
+        return arguments
+
+
+class Actor:
+    def __init__(self) -> None:
+        self.collate = Remote()
+
+
+def group(index: int, keep: bool, *outcomes: float | None, reason: str = "", length: int = 2) -> Group:
+    made = judged(*outcomes, number=index, length=length, reason=reason)
+    return Group(index=index, keep=keep, rows=rows_of(made), reference=f"group {index}")
+
+
+def judges(**changes) -> tuple[Judges, Actor]:
+    actor = Actor()
+    settings = {"num_shards": 2, "max_error_fraction": 0.0, "timeout_s": 1.0, **changes}
+    return Judges([actor], **settings), actor
+
+
+def test_batch_numbers_accepted_groups_first_and_keeps_the_fresh_others_for_measuring():
+    own, actor = judges()
+    first = [group(0, False, 1.0, 1.0), group(1, True, 1.0, 0.0), group(2, True, 0.0, 1.0)]
+    second = [group(3, False, 0.0, 0.0), group(4, True, 1.0, 0.0), group(5, True, 1.0, 0.0)]
+    batch = own.batch(7, [first, second], wanted=3)
+    assert batch.step == 7
+    ids = [(row.prompt_id, row.group, row.train, row.fresh) for row in batch.rows if row.sample == 0]
+    assert ids == [
+        ("a/1", 0, True, True),
+        ("a/2", 1, True, True),
+        ("a/4", 2, True, False),
+        ("a/0", 3, False, True),  # not accepted, and sampled in the first round: the PRM is measured on it
+    ]
+    assert batch.selected == (True,) * 6 + (False,) * 2
+    assert batch.num_groups == 3
+    # every row is in exactly one shard, whole groups together
+    assert sorted(row for rows in batch.members for row in rows) == list(range(8))
+    for arguments, rows in zip(actor.collate.calls, batch.members, strict=True):
+        references, plans = arguments
+        assert tuple(row for plan in plans for row in plan[3]) == rows
+        numbers = [int(reference.split()[1]) for reference in references]
+        assert [batch.rows[plan[3][0]].prompt_id for plan in plans] == [f"a/{number}" for number in numbers]
+        assert all(plan[:3] == (batch.rows[row].group, batch.rows[row].fresh, batch.rows[row].train)
+                   for plan in plans for row in plan[3])  # fmt: skip
+    assert batch.counts == {
+        "keep/rounds": 2.0,
+        "keep/prompts_sampled": 6.0,
+        "keep/prompts_kept": 3.0,
+        "keep/prompts_surplus": 1.0,  # a/5
+        "keep/frac_kept": 4 / 6,
+        "keep/rollouts_sampled": 12.0,
+        "verifier/frac_absent": 0.0,
+        "verifier/failures": 0.0,
+        "verifier/timeouts": 0.0,
+    }
+
+
+def test_too_many_absent_verdicts_end_the_run():
+    groups = [group(0, True, 1.0, None, reason="timeout after 5.0 s"), group(1, True, 1.0, 0.0)]
+    with pytest.raises(VerifierError, match=r"1 of 4 responses got no verdict \(first reason: timeout after 5.0 s\)"):
+        judges(max_error_fraction=0.2)[0].batch(1, [groups], wanted=2)
+    counts = judges(max_error_fraction=0.25)[0].batch(1, [groups], wanted=2).counts  # exactly the limit passes
+    assert (counts["verifier/frac_absent"], counts["verifier/timeouts"], counts["verifier/failures"]) == (
+        0.25,
+        1.0,
+        0.0,
+    )
+
+
+def test_failures_that_are_no_timeouts_are_counted_apart():
+    groups = [group(0, True, None, 1.0, reason="ValueError: x"), group(1, True, 1.0, 0.0)]
+    counts = judges(max_error_fraction=1.0)[0].batch(1, [groups], wanted=2).counts
+    assert (counts["verifier/timeouts"], counts["verifier/failures"]) == (0.0, 1.0)
+
+
+def test_only_empty_responses_are_an_error():
+    groups = [group(0, True, 0.0, 0.0, length=0), group(1, True, 0.0, 0.0, length=0)]
+    with pytest.raises(ConfigError, match="every response is empty"):
+        judges()[0].batch(1, [groups], wanted=2)

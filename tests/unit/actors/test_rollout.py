@@ -1,0 +1,112 @@
+"""Seeds that nothing shares, and aborted samples that never look like responses; no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from rlprm.actors.rollout import MAX_TRIES, RolloutActor, Rollouts, seed_of
+from rlprm.errors import WorkerLost
+from rlprm.roles import Finish, Request, Rollout
+from tests.unit.made import prompt
+
+
+def test_a_hundred_thousand_seeds_are_all_different():
+    # step, round, position and sample of five runs: 5 * 50 * 2 * 50 * 4 = 100,000
+    seeds = {
+        seed_of(run, step, turn, position, f"a/{position}", sample)
+        for run in range(5)
+        for step in range(50)
+        for turn in range(2)
+        for position in range(50)
+        for sample in range(4)
+    }
+    assert len(seeds) == 100_000
+    assert all(0 <= seed < 2**48 for seed in seeds)
+
+
+def test_seeds_do_not_depend_on_the_process():
+    # Python's own hash() of text changes from process to process; blake2b("(0, 1, 'a')") does not
+    assert seed_of(0, 1, "a") == seed_of(0, 1, "a")
+    import hashlib
+
+    assert seed_of(0, 1, "a") == int.from_bytes(hashlib.blake2b(b"(0, 1, 'a')", digest_size=6).digest(), "big")
+
+
+def rollouts(seed: int = 0) -> Rollouts:
+    return Rollouts([], seed=seed, temperature=0.7, max_tokens=9, samples=3, timeout_s=1.0)
+
+
+def test_requests_carry_the_run_s_temperature_and_limits():
+    requests = rollouts().requests([prompt(0), prompt(1)], 5, 0)
+    assert [(each.prompt.id, each.temperature, each.max_tokens) for each in requests] == [
+        ("a/0", 0.7, 9),
+        ("a/1", 0.7, 9),
+    ]
+    assert [len(each.seeds) for each in requests] == [3, 3]
+
+
+def test_seeds_differ_between_steps_rounds_runs_and_repeated_prompts():
+    asked = [
+        *rollouts().requests([prompt(0), prompt(0)], 1, 0),  # the same prompt twice in a step
+        *rollouts().requests([prompt(0)], 1, 1),
+        *rollouts().requests([prompt(0)], 2, 0),
+        *rollouts(seed=1).requests([prompt(0)], 1, 0),
+    ]
+    seeds = [seed for each in asked for seed in each.seeds]
+    assert len(set(seeds)) == len(seeds) == 15
+    assert rollouts().requests([prompt(0)], 1, 0) == rollouts().requests([prompt(0)], 1, 0)
+
+
+class Engine:
+    """Aborts the named prompts the given number of times; the last sample of a group only."""
+
+    def __init__(self, aborts: dict[str, int]) -> None:
+        self.left = dict(aborts)
+        self.asked: list[list[str]] = []
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Rollout]]:
+        self.asked.append([request.prompt.id for request in requests])
+        for request in requests:
+            left = self.left.get(request.prompt.id, 0)
+            self.left[request.prompt.id] = left - 1
+            finish: Finish = "abort" if left > 0 else "stop"
+            yield [
+                Rollout(
+                    prompt=request.prompt, sample=sample, tokens=(5,), logprobs=(-0.1,), version=0, seed=seed,
+                    finish=finish if sample == len(request.seeds) - 1 else "stop",
+                )
+                for sample, seed in enumerate(request.seeds)
+            ]  # fmt: skip
+
+
+def actor(engine: Engine) -> RolloutActor:
+    made = RolloutActor.__new__(RolloutActor)  # without its constructor, which redirects this process's output
+    made._generator = engine
+    return made
+
+
+def requested() -> list[tuple[int, Request]]:
+    return list(enumerate(rollouts().requests([prompt(0), prompt(1)], 1, 0)))
+
+
+def test_groups_come_with_the_index_of_their_request():
+    found = list(actor(Engine({})).sample(requested()))
+    assert [found[0], found[2]] == [(0, 0), (1, 0)]
+    assert [found[1][0].prompt.id, found[3][0].prompt.id] == ["a/0", "a/1"]
+
+
+def test_an_aborted_group_is_sampled_again_and_counted():
+    engine = Engine({"a/0": 1})
+    asked = requested()
+    found = list(actor(engine).sample(asked))
+    assert engine.asked == [["a/0", "a/1"], ["a/0"]]  # only the aborted one again
+    assert [found[0], found[2]] == [(1, 0), (0, 3)]  # all three samples of the group were thrown away
+    assert [each.finish for each in found[3]] == ["stop"] * 3
+    assert tuple(each.seed for each in found[3]) == asked[0][1].seeds
+
+
+def test_an_engine_that_always_aborts_is_an_error():
+    with pytest.raises(WorkerLost, match=f"the engine aborted 1 groups {MAX_TRIES} times"):
+        list(actor(Engine({"a/1": MAX_TRIES})).sample(requested()))
