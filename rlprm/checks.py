@@ -77,6 +77,11 @@ def _sources(config: TrainConfig) -> None:
                 f"streams.{name}.gate is trust, and only a PRM's pair accuracy is measured, so its trust would stay 0; "
                 f"use gate@streams.{name}.gate=open"
             )
+        if stream.source is not None and "beta" in stream.source.kind and not stream.source.kind["beta"] > 0:
+            raise ValueError(
+                f"streams.{name}.source.kind.beta is {stream.source.kind['beta']}; expected more than 0 (0 pays nothing, a "
+                "negative one pays for being wrong)"
+            )
     learnt = [name for name, stream in config.streams.items() if stream.source and stream.source.model]
     if len(learnt) > 1:
         raise ValueError(f"streams {', '.join(learnt)} each train a PRM; one learnt PRM per run is supported")
@@ -136,6 +141,14 @@ def _arithmetic(config: TrainConfig) -> None:
             )
         if learner.offload != "none" and config.placement.device == "cpu":
             raise ValueError(f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from")
+    on_gpu_only = "gpu_memory_utilization" in config.rollout.engine and (
+        config.rollout.engine["gpu_memory_utilization"] is not None
+    )
+    if on_gpu_only and config.placement.device == "cpu":
+        raise ValueError(
+            "rollout.engine.gpu_memory_utilization is set and placement.device is cpu; use rollout=vllm_cpu, or a placement "
+            "with GPUs"
+        )
     if config.placement.weight_transport == "gloo" and config.placement.device == "cuda":
         raise ValueError("weight_transport gloo moves tensors on CPU; use nccl (between GPUs) or object_store on cuda")
 

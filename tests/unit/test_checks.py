@@ -62,7 +62,7 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
         ("prime", {"streams.second": "=streams.process"}, "process, second each train a PRM"),
         ("prime", {"responses_per_prompt": 1}, "responses_per_prompt is 1; use at least 2"),
         ("reinforce", {"policy_loss.kl_weight": 0.1}, "KL is both a reward stream and a loss"),
-        ("ppo", {"streams.outcome.estimator": TO_GO}, "with a critic GAE accumulates"),
+        ("ppo", {"streams.outcome.estimator": TO_GO}, "with a critic GAE accumulates, so the estimator must be none"),
         ("ppo", {"streams.outcome.gate": SIGN}, "not linear, so one critic cannot be its baseline"),
         ("prime", {"keep.min_prompts": 33}, "no step could ever have enough prompts"),
         ("prime", {"placement.policy_ranks": 2}, "set keep.min_prompts to at least 2"),
