@@ -72,7 +72,9 @@ def _sources(config: TrainConfig) -> None:
             )
         if stream.source is not None and (stream.source.model is None) != (stream.source.learner is None):
             raise ValueError(f"streams.{name}.source has only one of model and learner; a PRM needs both, a rule none")
-        if stream.gate["_target_"] == "rlprm.core.gates.trust_gate" and (stream.source is None or not stream.source.model):
+        if stream.gate["_target_"] == "rlprm.core.gates.trust_gate" and (
+            stream.source is None or not stream.source.model
+        ):
             raise ValueError(
                 f"streams.{name}.gate is trust, and only a PRM's pair accuracy is measured, so its trust would stay 0; "
                 f"use gate@streams.{name}.gate=open"
@@ -140,7 +142,9 @@ def _arithmetic(config: TrainConfig) -> None:
                 "holds at least one prompt's group"
             )
         if learner.offload != "none" and config.placement.device == "cpu":
-            raise ValueError(f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from")
+            raise ValueError(
+                f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from"
+            )
     on_gpu_only = "gpu_memory_utilization" in config.rollout.engine and (
         config.rollout.engine["gpu_memory_utilization"] is not None
     )

@@ -301,7 +301,11 @@ def _sentence(schema: type[Section], item: Any) -> str:
         return f"{key}: unknown key" + (f"; nearest is {near[0]!r}" if near else "; remove it")
     if item["type"] == "missing":
         return f"{key}: missing; expected a value in conf/ or as {key}=... on the command line"
-    found = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else type(item["input"]).__name__
+    found = (
+        item["input"]
+        if isinstance(item["input"], (str, int, float, bool, type(None)))
+        else type(item["input"]).__name__
+    )
     if item["type"] == "value_error":
         return f"{key}: {item['msg'].removeprefix('Value error, ')}"
     return f"{key}: found {found!r}; {item['msg']}"

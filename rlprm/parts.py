@@ -45,7 +45,9 @@ def check_part(part: dict[str, Any]) -> dict[str, Any]:
     from_yaml = {kinds.KEYWORD_ONLY} if part.get("_partial_") else {kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD}
     parameters = [p for p in inspect.signature(locate(part["_target_"])).parameters.values() if p.kind in from_yaml]
     if unknown := sorted(key for key in part if key.startswith("_") and key not in ("_target_", "_partial_")):
-        raise ValueError(f"{part['_target_']} has the key {unknown[0]!r}; expected _target_, _partial_ and its arguments")
+        raise ValueError(
+            f"{part['_target_']} has the key {unknown[0]!r}; expected _target_, _partial_ and its arguments"
+        )
     given = {key for key in part if not key.startswith("_")}
     known = sorted(p.name for p in parameters)
     missing = sorted({p.name for p in parameters if p.default is p.empty} - given)

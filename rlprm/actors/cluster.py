@@ -14,6 +14,7 @@ import ray
 
 from rlprm.errors import ConfigError
 
+
 @contextmanager
 def cluster(
     *, address: str | None, num_actors: int, gpus: float, object_store_bytes: int | None, working_dir: str

@@ -128,9 +128,7 @@ def lay_out(groups: Sequence[JudgedGroup], plan: Sequence[tuple[int, bool, bool,
 class Judges:
     """Driver's side of the judge: verdicts in prompt order, and batches."""
 
-    def __init__(
-        self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, timeout_s: float
-    ) -> None:
+    def __init__(self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, timeout_s: float) -> None:
         self._actors = tuple(actors)
         self._num_shards = num_shards
         self._max_error_fraction = max_error_fraction
@@ -203,7 +201,19 @@ class Judges:
             "keep/prompts_surplus": float(kept - len(accepted)),
             "keep/frac_kept": kept / len(everything),
             "keep/rollouts_sampled": float(len(rows)),
+            **dropped([group.rows for group in everything if not group.keep]),
             "verifier/frac_absent": len(absent) / len(rows),
             "verifier/failures": float(sum("timeout" not in row.reason for row in absent)),
             "verifier/timeouts": float(sum("timeout" in row.reason for row in absent)),
         }
+
+
+def dropped(groups: Sequence[Sequence[Row]]) -> dict[str, float]:
+    """Why prompts were not kept: their responses were mostly wrong, mostly right, or got no verdict at all."""
+    judged = [[row.outcome for row in rows if row.outcome is not None] for rows in groups]
+    means = [sum(outcomes) / len(outcomes) for outcomes in judged if outcomes]
+    return {
+        "keep/dropped_low": float(sum(mean < 0.5 for mean in means)),
+        "keep/dropped_high": float(sum(mean >= 0.5 for mean in means)),
+        "keep/dropped_unjudged": float(len(groups) - len(means)),
+    }

@@ -13,7 +13,6 @@ from rlprm.actors.group import answer, redirect_output
 from rlprm.errors import RlprmError, WorkerLost
 from rlprm.roles import Generator, Prompt, Request, Rollout
 
-
 MAX_TRIES = 3  # of a group that the engine aborts
 
 
@@ -99,9 +98,7 @@ class Rollouts:
         return [
             Request(
                 prompt=prompt,
-                seeds=tuple(
-                    seed_of(self._seed, *key, position, prompt.id, sample) for sample in range(self._samples)
-                ),
+                seeds=tuple(seed_of(self._seed, *key, position, prompt.id, sample) for sample in range(self._samples)),
                 temperature=self._temperature,
                 max_tokens=self._max_tokens,
             )

@@ -125,7 +125,7 @@ class Worker:
         measured = self._policy.learn(
             joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), fields, num_groups
         )
-        return measured | slowest("update_actor", begin)
+        return measured | slowest("update_actor", begin) | device_memory()
 
     def version(self) -> int:
         return self._policy.version
@@ -176,6 +176,13 @@ class Worker:
 def slowest(stage: str, begin: float) -> Measured:
     """Seconds since ``begin``; over ranks the slowest counts, for the others wait for it."""
     return Measured(partial={f"timing_s/{stage}": Max(time.perf_counter() - begin)}, agreed={})
+
+
+def device_memory() -> Measured:
+    """The most device memory this process has held; over ranks the largest counts. Nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return Measured(partial={}, agreed={})
+    return Measured(partial={"perf/max_memory_allocated_gb": Max(torch.cuda.max_memory_allocated() / 1e9)}, agreed={})
 
 
 def joined_shards(references: list[Any]) -> tuple[list[JaggedShard], JaggedShard]:

@@ -35,7 +35,6 @@ def _family(prefix: str, reduction: Reduction, lines: str) -> tuple[MetricSpec, 
 
 METRICS: tuple[MetricSpec, ...] = (
     *_family("actor/", "mean", """
-        loss              | nats | policy loss + KL loss - entropy bonus, global denominators   | sum
         pg_loss           | 1    | aggregated policy loss, global denominators                  | sum
         kl_loss           | nats | aggregated KL penalty, before its weight                     | sum
         entropy           | nats | mean over response tokens of the entropy of the choice
@@ -48,23 +47,11 @@ METRICS: tuple[MetricSpec, ...] = (
         grad_norm         | 1    | 2-norm of the whole gradient before clipping                 | global
         lr                | 1    | learning rate of the last update                             | global
         updates           | 1    | optimizer steps taken in this step of the loop               | global
-        micro_batches     | 1    | forward passes of the update                                 | sum
-        over_budget       | 1    | sequences longer than the token budget                       | sum
-        tokens            | 1    | response tokens trained on                                   | sum
-        sequences         | 1    | sequences trained on                                         | sum
-        ref_kl            | nats | mean of log pi_old - log pi_ref on response tokens (k1)
-        ref_k3            | nats | mean k3 of the same
         """),
     *_family("critic/", "mean", """
         vf_loss           | 1 | aggregated value loss, global denominators     | sum
         vf_clipfrac       | 1 | response tokens where the clipped branch decides
         vf_explained_var  | 1 | 1 - var(G - V) / var(G)                        | global
-        values/mean       | 1 | mean value
-        values/max        | 1 | largest value                                  | max
-        values/min        | 1 | smallest value                                 | min
-        returns/mean      | 1 | mean value target
-        returns/max       | 1 | largest value target                           | max
-        returns/min       | 1 | smallest value target                          | min
         grad_norm         | 1 | 2-norm of the gradient before clipping         | global
         lr                | 1 | learning rate of the last update               | global
         """),
@@ -82,34 +69,23 @@ METRICS: tuple[MetricSpec, ...] = (
     *_family("process_steps/", "driver", """
         mean             | 1      | steps of reasoning per response
         max              | 1      | most steps in a response
-        tokens_mean      | tokens | tokens per step
         frac_single      | 1      | responses that are one step only: the splitter found nothing
-        frac_right       | 1      | steps with the exact label right, over labelled steps
         """),
     *_family("", "driver", """
         timing_s/{stage}                 | s   | wall time of the stage in this step
         perf/time_per_step               | s   | wall time of the step
         perf/total_num_tokens            | 1   | prompt and response tokens of the step
         perf/throughput                  | 1/s | total_num_tokens / time_per_step / devices
-        perf/tokens_per_second/{stage}   | 1/s | tokens the stage worked on, by its wall time
-        perf/mfu/{role}                  | 1   | achieved over peak floating point operations
         perf/max_memory_allocated_gb     | GB  | largest device memory in use, over ranks
-        perf/max_memory_reserved_gb      | GB  | largest device memory held, over ranks
         perf/cpu_memory_used_gb          | GB  | memory in use on the driver's host
-        perf/memory_gb/{role}            | GB  | resident memory of the role's largest process
-        perf/object_store_gb             | GB  | object store in use
         training/global_step             | 1   | steps of the loop so far
-        training/epoch                   | 1   | passes over the data so far
         training/rollouts_total          | 1   | responses sampled so far, filtered ones counted
-        training/tokens_total            | 1   | response tokens sampled so far
-        training/resumed                 | 1   | 1 in the first step after a resume
+        training/tokens_total            | 1   | response tokens of the batches so far
         training/nonfinite_metrics       | 1   | values of the step that were NaN or infinite (written as null)
-        training/duplicate_frac          | 1   | responses whose text another response of the group repeats
         """),
     *_family("training/", "mean", """
         rollout_probs_diff_mean    | 1    | mean abs(pi_old - mu) on response tokens
         rollout_probs_diff_max     | 1    | largest abs(pi_old - mu)                    | max
-        rollout_probs_diff_std     | 1    | standard deviation of abs(pi_old - mu)      | global
         rollout_logprobs_diff_max  | nats | largest abs(log pi_old - log mu)            | max
         rollout_kl                 | nats | KL(mu, pi_old) by k1: mean log mu - log pi_old
         rollout_k3                 | nats | KL(mu, pi_old) by k3
@@ -123,7 +99,6 @@ METRICS: tuple[MetricSpec, ...] = (
         {source}/{metric}/greedy   | 1 | mean of the metric at temperature 0
         """),
     *_family("val-aux/", "driver", """
-        {source}/{metric}/std@{n}       | 1      | standard deviation over samples, averaged over prompts
         {source}/num_prompts            | 1      | prompts evaluated
         {source}/frac_absent            | 1      | responses without a verdict
         {source}/response_length/mean   | tokens | mean response length
@@ -149,7 +124,6 @@ METRICS: tuple[MetricSpec, ...] = (
         grad_norm               | 1    | 2-norm of the gradient before clipping                   | global
         lr                      | 1    | learning rate of the last update                         | global
         updates                 | 1    | optimizer steps taken in this step of the loop           | global
-        labels                  | 1    | present outcomes learnt from                             | sum
         label_mean              | 1    | their mean
         pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
         pair_acc_fresh_no_last  | 1    | the same without each response's last step
@@ -177,9 +151,9 @@ METRICS: tuple[MetricSpec, ...] = (
         prompts_surplus    | 1 | accepted prompts beyond the batch, dropped
         frac_kept          | 1 | accepted over sampled prompts
         rollouts_sampled   | 1 | responses sampled, filtered ones counted
-        dropped_low        | 1 | prompts below the accuracy band
-        dropped_high       | 1 | prompts above the accuracy band
-        dropped_unjudged   | 1 | prompts with too few verdicts
+        dropped_low        | 1 | prompts not kept whose mean outcome is below one half
+        dropped_high       | 1 | prompts not kept whose mean outcome is at least one half
+        dropped_unjudged   | 1 | prompts not kept because no response got a verdict
         aborted            | 1 | responses aborted by the engine and sampled again
         outcome_mean_fresh | 1 | mean outcome of the first round, before filtering
         """),
@@ -189,12 +163,8 @@ METRICS: tuple[MetricSpec, ...] = (
         frac_kept  | 1 | rows_out / rows_in
         """),
     *_family("verifier/", "driver", """
-        seconds_mean | s | mean time per verdict
-        seconds_max  | s | longest verdict
         timeouts     | 1 | verdicts that ran out of time
         failures     | 1 | verdicts that failed otherwise
-        out_of_memory| 1 | verdicts that ran out of memory
-        restarts     | 1 | verifier processes replaced
         frac_absent  | 1 | responses without a verdict
         """),
     *_family("staleness/", "driver", """
@@ -204,24 +174,16 @@ METRICS: tuple[MetricSpec, ...] = (
     *_family("weights/", "driver", """
         version                 | optimizer steps | version the engines hold
         bytes                   | B    | bytes sent to one engine
-        buckets                 | 1    | buckets sent
-        probe_logprobs_diff_max | nats | largest difference of engine and trainer on the probe tokens
         """),
     *_family("sft/", "global", """
         loss       | nats | cross-entropy per response token   | sum
-        eval_loss  | nats | the same on held-out rows
         grad_norm  | 1    | 2-norm of the gradient before clipping
         lr         | 1    | learning rate
-        tokens     | 1    | response tokens trained on          | sum
-        rows_total | 1    | rows seen so far
         """),
     *_family("data/", "driver", """
         {source}/num_rows         | 1 | rows of the data source
         {source}/num_without_gold | 1 | rows left out because they have no gold answer
         {source}/num_too_long     | 1 | rows left out because their prompt is too long
         {source}/epoch            | 1 | passes through the source so far
-        """),
-    *_family("alarm/", "driver", """
-        {metric} | 1 | 1 while the metric is outside its band
         """),
 )  # fmt: skip

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlprm.batch import flatten, pad, unflatten
@@ -228,12 +227,11 @@ class Policy:
         )
         return flatten(weights, shard.lengths)
 
-    def _loss(
-        self, denominators: Denominators, micro: MicroBatch, outputs: Outputs
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _loss(self, denominators: Denominators, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
         """``sum_t share_t * (importance_t * surrogate_t + kl_weight * kl_t - entropy_weight * H_t)``."""
         objective, fields, mask = self._objective, micro.token_fields, micro.response_mask
-        assert outputs.logprobs is not None and outputs.entropy is not None
+        assert outputs.logprobs is not None
+        assert outputs.entropy is not None
         share = aggregation_weights(
             mask,
             micro.sequence,

@@ -92,9 +92,7 @@ class Supervised:
         self._learner.close()
 
 
-def cross_entropy(
-    denominators: Denominators, micro: MicroBatch, outputs: Outputs
-) -> tuple[Tensor, dict[str, Any]]:
+def cross_entropy(denominators: Denominators, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
     """``-sum log pi / tokens``, tokens counted over the whole optimizer step."""
     assert outputs.logprobs is not None
     loss = -outputs.logprobs[micro.response_mask].sum() / denominators.tokens

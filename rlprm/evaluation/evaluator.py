@@ -60,9 +60,7 @@ class Evaluator:
                 )
         return metrics
 
-    def judged(
-        self, name: str, prompts: Sequence[Prompt], *, temperature: float, samples: int
-    ) -> tuple[Group, ...]:
+    def judged(self, name: str, prompts: Sequence[Prompt], *, temperature: float, samples: int) -> tuple[Group, ...]:
         """``samples`` responses to every prompt with their verdicts, in prompt order."""
         requests = [
             Request(
@@ -82,10 +80,13 @@ class Evaluator:
 
 def greedy(groups: Sequence[Group], name: str) -> dict[str, float]:
     """Accuracy of greedy responses; a response without verdict is left out and counted."""
-    outcomes = [row.outcome for group in groups for row in group.rows]
+    rows = [row for group in groups for row in group.rows]
+    outcomes = [row.outcome for row in rows]
     return {
         f"val-core/{name}/accuracy/greedy": _mean(outcomes),
         f"val-aux/{name}/num_prompts": float(len(groups)),
+        f"val-aux/{name}/response_length/mean": sum(row.response_length for row in rows) / len(rows),
+        f"val-aux/{name}/response_length/clip_ratio": sum(row.finish == "length" for row in rows) / len(rows),
         f"val-aux/{name}/frac_absent": _absent(outcomes) / len(outcomes),
     }
 

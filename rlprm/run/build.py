@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from hydra.errors import InstantiationException
 
 from rlprm.actors.cluster import actor_environment, cluster
 from rlprm.actors.group import WorkerGroup, answer, resources
-from rlprm.actors.judge import Judge, JudgeActor, Judges
+from rlprm.actors.judge import JudgeActor, Judges
 from rlprm.actors.learners import NoReference, Policy, Reference, Sources
 from rlprm.actors.rollout import RolloutActor, Rollouts
 from rlprm.actors.transfer import GroupTransfer, ObjectStoreTransfer
@@ -24,7 +23,6 @@ from rlprm.config import Data, HeldOut, Placement, RolloutSection, SampledModel,
 from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource, Source, held_out
 from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
-from rlprm.errors import ConfigError, RlprmError
 from rlprm.parts import made
 from rlprm.run import factories
 from rlprm.run.progress import Progress
@@ -118,18 +116,20 @@ def sampling(
         stop_token_ids(model.path, tokenizer),
     )
     engines = [
-        ray.remote(RolloutActor).options(
+        ray.remote(RolloutActor)
+        .options(
             **resources(cpus=1.0, gpus=placement.gpus_per_engine * placement.tensor_parallel, environment=environment)
-        ).remote(factory, str(logs / f"rollout{number}.log"))
+        )
+        .remote(factory, str(logs / f"rollout{number}.log"))
         for number in range(placement.engines)
     ]
     judge_factory = functools.partial(
         factories.judge, model.path, verifier=_verifier(verifier), splitter=made(splitter), keep=keep
     )
     judges = [
-        ray.remote(JudgeActor).options(
-            **resources(cpus=1.0, gpus=0.0, environment=actor_environment(device="cpu", threads=1))
-        ).remote(judge_factory, str(logs / "judge0.log"))
+        ray.remote(JudgeActor)
+        .options(**resources(cpus=1.0, gpus=0.0, environment=actor_environment(device="cpu", threads=1)))
+        .remote(judge_factory, str(logs / "judge0.log"))
     ]
     return Sampling(
         rollouts=Rollouts(
@@ -174,9 +174,7 @@ def learning(config: TrainConfig, *, logs: Path) -> Learning:
     policy_group, prm_group = groups[0], groups[-1]
     building = policy_group.all(lambda worker: worker.build_policy, functools.partial(factories.policy, config))
     if needs_reference:
-        building += prm_group.all(
-            lambda worker: worker.build_reference, functools.partial(factories.reference, config)
-        )
+        building += prm_group.all(lambda worker: worker.build_reference, functools.partial(factories.reference, config))
     places = {name: prm_group if name in with_model else policy_group for name in sources}
     for name, group in places.items():
         building += group.all(
@@ -202,9 +200,9 @@ def _workers(name: str, size: int, placement: Placement, logs: Path) -> list[Any
     """Ranks that are starting."""
     environment = actor_environment(device=placement.device, threads=placement.threads)
     return [
-        ray.remote(Worker).options(**resources(cpus=1.0, gpus=placement.gpus_per_rank, environment=environment)).remote(
-            str(logs / f"{name}{rank}.log")
-        )
+        ray.remote(Worker)
+        .options(**resources(cpus=1.0, gpus=placement.gpus_per_rank, environment=environment))
+        .remote(str(logs / f"{name}{rank}.log"))
         for rank in range(size)
     ]
 
@@ -223,9 +221,7 @@ def _joined(name: str, workers: list[Any], placement: Placement, logs: Path) -> 
 
 def _transfer(placement: Placement) -> ObjectStoreTransfer | GroupTransfer:
     if placement.weight_transport == "object_store":
-        return ObjectStoreTransfer(
-            bucket_bytes=placement.weight_bucket_bytes, timeout_s=placement.stage_timeout_s
-        )
+        return ObjectStoreTransfer(bucket_bytes=placement.weight_bucket_bytes, timeout_s=placement.stage_timeout_s)
     return GroupTransfer(
         backend=placement.weight_transport,
         bucket_bytes=placement.weight_bucket_bytes,

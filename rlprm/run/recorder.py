@@ -25,6 +25,7 @@ class Recorder:
         prompts: Any,
         rollouts: Any,
         rollouts_total: float,
+        tokens_total: float,
         version: float,
         progress: Callable[[str], None],
     ) -> None:
@@ -34,6 +35,7 @@ class Recorder:
         self._prompts = prompts
         self._rollouts = rollouts
         self.rollouts_total = rollouts_total
+        self.tokens_total = tokens_total
         self.version = version  # of the policy that sampled the next batch
         self._progress = progress
         self._held: tuple[int, dict[str, float]] | None = None
@@ -43,6 +45,7 @@ class Recorder:
         timing = self._clock.collect()
         self._write()
         credited, readable = credit.result()
+        self.tokens_total += sum(row.response_length for row in kept.rows)
         self.rollouts_total += kept.counts["keep/rollouts_sampled"]
         metrics = {
             **lengths(kept.rows),
@@ -57,6 +60,7 @@ class Recorder:
             **self._prompts.metrics(),
             "training/global_step": float(step),
             "training/rollouts_total": self.rollouts_total,
+            "training/tokens_total": self.tokens_total,
             **timing,
             **performance(kept.rows, timing["timing_s/step"]),
         }

@@ -49,6 +49,7 @@ class Checkpoints:
             "step": step,
             "version": self._recorder.version,
             "rollouts_total": self._recorder.rollouts_total,
+            "tokens_total": self._recorder.tokens_total,
             "prompts": self._prompts.state(),
             "trust": {name: trust.to_dict() for name, trust in self._sources.trust.items()},
         }

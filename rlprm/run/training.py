@@ -92,7 +92,9 @@ def assembled(
         build.ready(started, config.placement, progress, logs)
         # not sooner: a start that failed must not make the folder look like one that holds a run
         write_run_header(folder, composed.yaml(), versions(), commit())
-        resumed = config.resume == "auto"  # a run that was cut off before its first checkpoint begins anew in its folder
+        resumed = (
+            config.resume == "auto"
+        )  # a run that was cut off before its first checkpoint begins anew in its folder
         trackers = _trackers(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
         clock = Clock()
         bar = stack.enter_context(progress.stage("train", config.steps, "steps", first - 1))
@@ -103,6 +105,7 @@ def assembled(
             prompts=prompts,
             rollouts=started.rollouts,
             rollouts_total=0.0 if found is None else float(found[1]["rollouts_total"]),
+            tokens_total=0.0 if found is None else float(found[1]["tokens_total"]),
             version=0.0 if found is None else float(found[1]["version"]),
             progress=lambda words: bar.advance(1, words),
         )

@@ -99,9 +99,7 @@ class ImplicitPrm:
                     layout=self._passes.layout,
                 )
                 updates.append(
-                    self._learner.update(
-                        prepared, partial(self._loss, sequences), temperature=self._temperature
-                    )
+                    self._learner.update(prepared, partial(self._loss, sequences), temperature=self._temperature)
                 )
         return combined(updates, prefix="prm/") | agreed(**{"prm/updates": float(len(updates))})
 

@@ -49,13 +49,13 @@ class Measurement:
     steps: tuple[tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]], ...]
 
 
-def measure(
-    shard: JaggedShard, rewards: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]
-) -> Measurement:
+def measure(shard: JaggedShard, rewards: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Measurement:
     """The fresh rows of a shard, scored by per-token ``rewards`` and by surprisal."""
     padded = pad(shard)
     chosen = padded.fresh & padded.outcome_present
-    by_step, base_by_step = (step_sums(each, padded.response_mask, padded.step_index) for each in (rewards, ref_logprobs))
+    by_step, base_by_step = (
+        step_sums(each, padded.response_mask, padded.step_index) for each in (rewards, ref_logprobs)
+    )
     last = padded.step_index.amax(1)
     before_last = torch.arange(by_step.shape[1])[None, :] < last[:, None]
     zero = torch.zeros((), dtype=by_step.dtype)

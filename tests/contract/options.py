@@ -24,7 +24,10 @@ REQUIRED = {
     "judge": [],
 }
 READS: Mapping[str, Callable[[str], bool]] = {"evaluate": reads}
-COMPANIONS = {"critic": ["method=ppo"]}  # a critic accumulates by GAE, so the method must leave that to it
+COMPANIONS = {
+    "critic": ["method=ppo"],  # a critic accumulates by GAE, so the method must leave that to it
+    "rollout/vllm_gpu": ["placement=gpu1"],
+}
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
 
@@ -75,7 +78,7 @@ def chosen(group: str, option: str) -> tuple[str, list[str]]:
     """(entry, overrides) of a configuration that has this option; what the option leaves open is filled in."""
     entry, package = place(group)
     key = group if package == group else f"{group}@{package}"
-    overrides = [*COMPANIONS.get(group, []), f"{key}={option}"]
+    overrides = [*COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{option}", []), f"{key}={option}"]
     overrides += [*missing(read(conf_dir() / group / f"{option}.yaml"), package)]
     return entry, overrides + required(entry, overrides)
 

@@ -155,6 +155,9 @@ def test_batch_numbers_accepted_groups_first_and_keeps_the_fresh_others_for_meas
         "keep/prompts_surplus": 1.0,  # a/5
         "keep/frac_kept": 4 / 6,
         "keep/rollouts_sampled": 12.0,
+        "keep/dropped_low": 1.0,  # a/3, all wrong
+        "keep/dropped_high": 1.0,  # a/0, all right
+        "keep/dropped_unjudged": 0.0,
         "verifier/frac_absent": 0.0,
         "verifier/failures": 0.0,
         "verifier/timeouts": 0.0,

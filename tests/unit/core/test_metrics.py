@@ -35,7 +35,7 @@ def test_a_name_measured_in_two_ways_is_refused():
     "name",
     [
         "actor/pg_loss", "adv/outcome/share", "reward/prime-prm/frac_zero_std", "timing_s/collect",
-        "val-core/gsm8k/outcome/mean@8", "training/rollout_probs_diff_max", "prm/auc_surprisal", "critic/values/mean",
+        "val-core/gsm8k/outcome/mean@8", "training/rollout_probs_diff_max", "prm/auc_surprisal", "critic/vf_loss",
     ],
 )  # fmt: skip
 def test_listed_names_pass(name):

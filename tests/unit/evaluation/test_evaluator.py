@@ -23,6 +23,8 @@ def test_greedy_leaves_absent_verdicts_out_and_counts_them():
     assert found == {
         "val-core/chain/accuracy/greedy": pytest.approx(2 / 3),
         "val-aux/chain/num_prompts": 4.0,
+        "val-aux/chain/response_length/mean": 2.0,
+        "val-aux/chain/response_length/clip_ratio": 0.0,
         "val-aux/chain/frac_absent": 0.25,
     }
 

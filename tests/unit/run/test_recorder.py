@@ -85,6 +85,7 @@ def recorder(**changes):
         "prompts": SimpleNamespace(metrics=lambda: {"data/a/epoch": 0.5}),
         "rollouts": SimpleNamespace(take_aborted=lambda: 2),
         "rollouts_total": 10.0,
+        "tokens_total": 100.0,
         "version": 5.0,
         "progress": lines.append,
         **changes,
