@@ -10,9 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import ray
+from ray._private import services
 
 from rlprm.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
@@ -55,14 +59,43 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
         _require_memory(object_store_bytes)
     # a token for this run alone; a cluster that is joined has its own, from the environment or ~/.ray
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",  # a run of one machine listens on loopback only
-        # logical: on few cores there are more processes than cores, and they take turns
-        num_cpus=max(num_actors + 1, os.cpu_count() or 1),
-        object_store_memory=object_store_bytes,
-        **options,
-    )
+    options["runtime_env"]["env_vars"].update(_loopback_only())
+    with _loopback_stays():
+        ray.init(
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,  # a run of one machine listens on loopback only
+            # logical: on few cores there are more processes than cores, and they take turns
+            num_cpus=max(num_actors + 1, os.cpu_count() or 1),
+            object_store_memory=object_store_bytes,
+            **options,
+        )
+
+
+@contextmanager
+def _loopback_stays() -> Iterator[None]:
+    """Ray takes the loopback address at its word; by itself it puts the machine's own in its place, and then every
+    port is open to the network."""
+    if not hasattr(services, "resolve_ip_for_localhost"):  # not public: another Ray may not have it
+        yield
+        return
+    original = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = original
+
+
+def _loopback_only() -> dict[str, str]:
+    """Environment that keeps the sockets of gloo, NCCL and vLLM on loopback too; what the user has set stays.
+
+    They would otherwise listen on the address that the machine's name stands for.
+    """
+    names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == LOOPBACK for one in found)]
+    wanted = {"VLLM_HOST_IP": LOOPBACK}
+    if names:
+        wanted |= {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": names[0]}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _python_path(working_dir: str) -> str:

@@ -128,11 +128,20 @@ def lay_out(groups: Sequence[JudgedGroup], plan: Sequence[tuple[int, bool, bool,
 class Judges:
     """Driver's side of the judge: verdicts in prompt order, and batches."""
 
-    def __init__(self, actors: Sequence[Any], *, num_shards: int, max_error_fraction: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        *,
+        num_shards: int,
+        max_error_fraction: float,
+        timeout_s: float,
+        needs_steps: bool,
+    ) -> None:
         self._actors = tuple(actors)
         self._num_shards = num_shards
         self._max_error_fraction = max_error_fraction
         self._timeout_s = timeout_s
+        self._needs_steps = needs_steps  # the method pays or compares steps
 
     def judge(self, finished: Iterator[tuple[int, Any]]) -> tuple[Group, ...]:
         """Judge groups while others are still being sampled; the answer is in prompt order, not in finish order."""
@@ -145,7 +154,18 @@ class Judges:
             Group(index=index, keep=keep, rows=rows, reference=reference)
             for (reference, _), (index, keep, rows) in zip(pending, summaries, strict=True)
         ]
+        self._absent([row for group in groups for row in group.rows])
         return tuple(sorted(groups, key=lambda group: group.index))
+
+    def _absent(self, rows: Sequence[Row]) -> list[Row]:
+        """Responses without a verdict, if they are few enough to go on."""
+        absent = [row for row in rows if row.outcome is None]
+        if len(absent) > self._max_error_fraction * len(rows):
+            raise VerifierError(
+                f"{len(absent)} of {len(rows)} responses got no verdict (first reason: {absent[0].reason}); "
+                f"at most a fraction {self._max_error_fraction} may (verifier.max_error_fraction)"
+            )
+        return absent
 
     def batch(self, step: int, rounds: Sequence[Sequence[Group]], *, wanted: int) -> Batch:
         """The step's batch: accepted groups in prompt order, and the first round's others for measuring the PRM.
@@ -185,14 +205,14 @@ class Judges:
 
     def _counts(self, everything: Sequence[Group], accepted: Sequence[Group], rounds: int) -> dict[str, float]:
         rows = [row for group in everything for row in group.rows]
-        absent = [row for row in rows if row.outcome is None]
-        if len(absent) > self._max_error_fraction * len(rows):
-            raise VerifierError(
-                f"{len(absent)} of {len(rows)} responses got no verdict (first reason: {absent[0].reason}); "
-                f"at most a fraction {self._max_error_fraction} may (verifier.max_error_fraction)"
-            )
+        absent = self._absent(rows)
         if rows and all(row.num_steps == 0 for row in rows):
             raise ConfigError("every response is empty: the policy stops at once; check the template and the model")
+        if self._needs_steps and len(rows) > 1 and all(row.num_steps == 1 for row in rows):
+            raise ConfigError(
+                f"the step splitter found no second step in any of {len(rows)} responses, and the method works with "
+                "steps; choose a splitter that fits the responses (splitter=newline, blank_line, numbered, fixed)"
+            )
         kept = sum(group.keep for group in everything)
         return {
             "keep/rounds": float(rounds),

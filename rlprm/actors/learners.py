@@ -21,6 +21,11 @@ class TokenValues:
 
     shards: tuple[Any, ...]
     summaries: tuple[Any, ...]
+    group: WorkerGroup | None = None
+
+    def timing(self) -> dict[str, float]:
+        """Wait until they are computed; seconds of the slowest rank."""
+        return {} if self.group is None else global_numbers(self.group.get(list(self.summaries), "log-probs"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +87,7 @@ class Policy:
 
     def logprobs(self, batch: Batch) -> TokenValues:
         shards, summaries = self.group.shards(lambda worker: worker.policy_logprobs, [batch.shards])
-        return TokenValues(shards=shards, summaries=summaries)
+        return TokenValues(shards=shards, summaries=summaries, group=self.group)
 
     def credit(self, kept: Batch, scored: Scored, old: TokenValues, ref: TokenValues) -> PendingCredit:
         size = len(self.group.workers)
@@ -122,7 +127,7 @@ class Reference:
 
     def logprobs(self, batch: Batch) -> TokenValues:
         shards, summaries = self.group.shards(lambda worker: worker.reference_logprobs, [batch.shards])
-        return TokenValues(shards=shards, summaries=summaries)
+        return TokenValues(shards=shards, summaries=summaries, group=self.group)
 
 
 class NoReference:
@@ -144,7 +149,7 @@ class Sources:
             name: group.shards(lambda worker: worker.score, [batch.shards, old.shards, ref.shards], name)
             for name, group in self._sources.items()
         }
-        metrics: dict[str, float] = {}
+        metrics = {**old.timing(), **ref.timing()}
         for name, (_, summaries) in asked.items():
             answers = self._sources[name].get(list(summaries), f"score of {name}")
             slowest = max(seconds for _, seconds in answers)

@@ -43,6 +43,7 @@ class RolloutActor:
         sampled again with the same seeds: a fragment must never look like a response.
         """
         waiting, tries = requests, 0
+        aborted = dict.fromkeys((index for index, _ in requests), 0)
         while waiting:
             if tries == MAX_TRIES:
                 raise WorkerLost(f"the engine aborted {len(waiting)} groups {tries} times; see its log")
@@ -52,9 +53,10 @@ class RolloutActor:
             for rollouts in self._generator.generate([request for _, request in index_of.values()]):
                 index, request = index_of[rollouts[0].seed]
                 if any(rollout.finish == "abort" for rollout in rollouts):
+                    aborted[index] += len(rollouts)
                     waiting.append((index, request))
                     continue
-                yield index, (tries - 1) * len(rollouts)
+                yield index, aborted[index]
                 yield rollouts
 
     def load_buckets(self, version: int, manifest: Any, references: list[Any]) -> str:

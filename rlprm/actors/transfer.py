@@ -51,6 +51,7 @@ class GroupTransfer:
 
         Raises:
             StaleWeights: an engine received other bytes than were sent.
+            WorkerLost: the sender or an engine failed; whoever fails first ends the wait for the others.
         """
         if not self._joined:
             self._join(policy, rollouts)
@@ -60,9 +61,11 @@ class GroupTransfer:
         self._ask([engine.check.remote(manifest) for engine in rollouts.engines])
         sending = policy.group.all(lambda worker: worker.send_weights, self._bucket_bytes)
         receiving = [engine.load_group.remote(version, manifest, self._bucket_bytes) for engine in rollouts.engines]
-        received = self._ask(receiving)
-        digest = policy.group.get(sending, "weights")[0]
-        check_digests(version, digest, received)
+        # together, sender first: waiting for the receivers alone would hide why nothing reaches them
+        digests = answer(
+            [*sending, *receiving], what="policy and rollout engines (new weights)", timeout_s=self._timeout_s
+        )
+        check_digests(version, digests[0], digests[len(sending) :])
         self.metrics = {"weights/version": float(version), "weights/bytes": float(manifest.nbytes)}
 
     def _join(self, policy: Policy, rollouts: Rollouts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +13,8 @@ from torch import Tensor
 from rlprm.actors.group import redirect_output
 from rlprm.core.metrics import Max
 from rlprm.engine.combine import Measured
-from rlprm.engine.distributed import join, leave
+from rlprm.engine.distributed import join, leave, reserve
 from rlprm.records import JaggedShard, cat
-
-
-def free_port() -> int:
-    """A port that is free now, asked of the operating system."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 class Worker:
@@ -36,7 +28,9 @@ class Worker:
         self._supervised: Any = None
 
     def rendezvous(self) -> tuple[str, int]:
-        return ray.util.get_node_ip_address(), free_port()
+        """Where the others meet this rank: an address of its node, and a port that it holds until they have met."""
+        host = ray.util.get_node_ip_address()  # loopback where the run has its own Ray
+        return host, reserve(host)
 
     def join(self, rank: int, world_size: int, host: str, port: int, device: str, timeout_s: float) -> None:
         join(rank, world_size, host, port, device=device, timeout_s=timeout_s)

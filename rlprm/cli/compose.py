@@ -45,7 +45,7 @@ class Composed:
 
     def annotated(self) -> str:
         """One line per leaf: ``key = value    # where it comes from``."""
-        leaves = list(_leaves(self.values))
+        leaves = list(flat_leaves(self.values))
         width = max(len(f"{key} = {value!r}") for key, value in leaves)
         return "\n".join(f"{f'{key} = {value!r}':<{width}}  # {self.origins.get(key, '?')}" for key, value in leaves)
 
@@ -143,10 +143,10 @@ def _recipe(override: str, name: str) -> str:
     return f"+{value}@_global_={'warm_up' if name == 'sft' else 'config'}"
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat_leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
 
@@ -166,7 +166,7 @@ def _only(values: Mapping[str, Any], reads: Callable[[str], bool], prefix: str =
 
 
 def _refuse_missing(config: DictConfig, reads: Callable[[str], bool]) -> None:
-    leaves = _leaves(OmegaConf.to_container(config, resolve=False))
+    leaves = flat_leaves(OmegaConf.to_container(config, resolve=False))
     missing = sorted(key for key, value in leaves if value == "???" and reads(key))
     if missing:
         raise ConfigError(
@@ -197,7 +197,7 @@ def _refuse_unread(
     reads: Callable[[str], bool],
 ) -> None:
     """What the command line sets must be read, or be where something that is read takes its value from."""
-    leaves = [(key, value) for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(key)]
+    leaves = [(key, value) for key, value in flat_leaves(OmegaConf.to_container(config, resolve=False)) if reads(key)]
     used = {key for key, _ in leaves}
     used |= {found for _, value in leaves if isinstance(value, str) for found in re.findall(r"\$\{([^}:]+)\}", value)}
     for override in overrides:
@@ -249,7 +249,7 @@ def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
         loaded = repository.load_config(default.config_path)
         content = OmegaConf.to_container(loaded.config, resolve=False)
         prefix = default.package or ""
-        for key, _ in _leaves(content, prefix):
+        for key, _ in flat_leaves(content, prefix):
             origins[key] = f"{default.config_path}.yaml"
     chosen = set(_options([]))
     for line in arguments:
@@ -276,7 +276,7 @@ def _explain(name: str, error: Exception, first: Sequence[Path], reads: Callable
     asked = key.group(1)
     with _searching(first):
         config = compose(name)
-    leaves = [leaf for leaf, _ in _leaves(OmegaConf.to_container(config, resolve=False)) if reads(leaf)]
+    leaves = [leaf for leaf, _ in flat_leaves(OmegaConf.to_container(config, resolve=False)) if reads(leaf)]
     sections = sorted({".".join(leaf.split(".")[:depth]) for leaf in leaves for depth in range(1, leaf.count(".") + 2)})
     places = [section for section in sections if section.endswith(f".{asked}")]
     if places and asked in groups():

@@ -75,7 +75,7 @@ METRICS: tuple[MetricSpec, ...] = (
         timing_s/{stage}                 | s   | wall time of the stage in this step
         perf/time_per_step               | s   | wall time of the step
         perf/total_num_tokens            | 1   | prompt and response tokens of the step
-        perf/throughput                  | 1/s | total_num_tokens / time_per_step / devices
+        perf/throughput                  | 1/s | total_num_tokens / time_per_step
         perf/max_memory_allocated_gb     | GB  | largest device memory in use, over ranks
         perf/cpu_memory_used_gb          | GB  | memory in use on the driver's host
         training/global_step             | 1   | steps of the loop so far
@@ -100,6 +100,8 @@ METRICS: tuple[MetricSpec, ...] = (
         """),
     *_family("val-aux/", "driver", """
         {source}/num_prompts            | 1      | prompts evaluated
+        {source}/num_too_long           | 1      | rows not evaluated because their prompt is too long
+        {source}/num_without_gold       | 1      | rows not evaluated because they have no gold answer
         {source}/frac_absent            | 1      | responses without a verdict
         {source}/response_length/mean   | tokens | mean response length
         {source}/response_length/clip_ratio | 1  | responses cut by the length limit
@@ -154,7 +156,7 @@ METRICS: tuple[MetricSpec, ...] = (
         dropped_low        | 1 | prompts not kept whose mean outcome is below one half
         dropped_high       | 1 | prompts not kept whose mean outcome is at least one half
         dropped_unjudged   | 1 | prompts not kept because no response got a verdict
-        aborted            | 1 | responses aborted by the engine and sampled again
+        aborted            | 1 | responses sampled again because the engine aborted one of their group
         outcome_mean_fresh | 1 | mean outcome of the first round, before filtering
         """),
     *_family("select/", "driver", """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from datetime import timedelta
 from typing import Literal
@@ -15,6 +16,59 @@ from rlprm.errors import ConfigError, WorkerLost
 
 Device = Literal["cpu", "cuda"]
 
+BACKLOG = 1024  # ranks that may wait in line before rank 0 is ready for them
+
+_reserved: dict[tuple[str, int], socket.socket] = {}
+
+
+def reserve(host: str) -> int:
+    """A port of ``host``, one of this machine's addresses, that nobody can take before :func:`meet` does.
+
+    The process listens on it from now on, so the others may already knock.
+
+    Raises:
+        ConfigError: ``host`` is not an address of this machine.
+    """
+    listener = _listen(host, 0)
+    port = int(listener.getsockname()[1])
+    _reserved[host, port] = listener
+    return port
+
+
+def meet(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """The store where ``world_size`` processes meet: rank 0 listens on ``host:port``, and on no other address.
+
+    Left to itself the store listens on every address of the machine, whatever its host, and asks nobody who they are.
+
+    Raises:
+        ConfigError: rank 0 cannot listen there.
+        torch.distributed.DistError: not all came within ``timeout_s`` seconds.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if rank != 0:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    listener = _reserved.pop((host, port), None) or _listen(host, port)
+    # detached: the store owns the descriptor and closes it
+    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port is blocked for a minute after use
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}; expected an address of this machine and a port that is free "
+            "(0: any)"
+        ) from error
+    return listener
+
 
 def join(
     rank: int, world_size: int, master_addr: str, master_port: int, *, device: Device = "cpu", timeout_s: float = 120.0
@@ -26,7 +80,8 @@ def join(
     ``timeout_s`` seconds, as does a collective in which a rank is missing.
 
     Raises:
-        ConfigError: impossible rank, or deepspeed was imported earlier for another device.
+        ConfigError: impossible rank, deepspeed was imported earlier for another device, or rank 0 cannot listen at
+            ``master_addr:master_port`` (it listens there only).
         WorkerLost: the other ranks did not come in time.
     """
     if not 0 <= rank < world_size:
@@ -61,7 +116,11 @@ def join(
     backend = "gloo" if device == "cpu" else "nccl"
     try:
         dist.init_process_group(
-            backend, init_method="env://", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+            backend,
+            store=meet(master_addr, master_port, rank, world_size, timeout_s),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
         )
     except (dist.DistError, RuntimeError) as error:
         raise WorkerLost(

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlprm.engine.distributed import meet
 from rlprm.errors import StaleWeights
 
 ALIGNMENT = 16  # bytes; a tensor may be viewed as its dtype only at a multiple of the item size
@@ -247,17 +248,17 @@ class Group:
 
 
 def make_group(host: str, port: int, rank: int, world: int, backend: Backend, timeout_s: float) -> Group:
-    """A group of ``world`` processes that meet at ``host:port`` (rank 0 listens there); blocks until all have come.
+    """A group of ``world`` processes that meet at ``host:port``, where rank 0 listens; blocks until all have come.
 
     It lives next to the default process group and does not need one, so a learner that trains in its own group can
     reach engines that are not part of it. ``backend`` nccl for tensors on GPUs, gloo on CPUs.
 
     Raises:
+        ConfigError: rank 0 cannot listen there.
         torch.distributed.DistError: not all came within ``timeout_s``.
     """
     timeout = timedelta(seconds=timeout_s)
-    rendezvous = dist.TCPStore(host, port, world, is_master=rank == 0, timeout=timeout)
-    store = dist.PrefixStore("rlprm_weights", rendezvous)
+    store = dist.PrefixStore("rlprm_weights", meet(host, port, rank, world, timeout_s))
     if backend == "gloo":
         return Group(dist.ProcessGroupGloo(store, rank, world, timeout), store, backend)
     options = dist.ProcessGroupNCCL.Options()

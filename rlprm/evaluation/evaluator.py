@@ -31,6 +31,7 @@ class Evaluator:
         seed: int,
         log: Callable[[int, Mapping[str, float]], None],
         notify: Callable[[str, int], Any],
+        left_out: Mapping[str, float],
     ) -> None:
         self._sets = dict(sets)
         self._rollouts = rollouts
@@ -42,6 +43,7 @@ class Evaluator:
         self._seed = seed
         self._log = log
         self._notify = notify
+        self._left_out = dict(left_out)
 
     def evaluate(self, step: int, *, last: bool) -> None:
         """Evaluate when it is due: before the first step, every ``every`` steps and after the last."""
@@ -53,12 +55,14 @@ class Evaluator:
         """All sets, greedy and sampled."""
         metrics: dict[str, float] = {}
         for name, prompts in self._sets.items():
-            metrics |= greedy(self.judged(name, prompts, temperature=0.0, samples=1), name)
+            first = self.judged(name, prompts, temperature=0.0, samples=1)
+            metrics |= greedy(first, name)
             if self._samples > 0:
-                metrics |= sampled(
-                    self.judged(name, prompts, temperature=self._temperature, samples=self._samples), name
-                )
-        return metrics
+                second = self.judged(name, prompts, temperature=self._temperature, samples=self._samples)
+                metrics |= sampled(second, name)
+                both = [row.outcome for group in (*first, *second) for row in group.rows]
+                metrics[f"val-aux/{name}/frac_absent"] = _absent(both) / len(both)
+        return {**metrics, **self._left_out}
 
     def judged(self, name: str, prompts: Sequence[Prompt], *, temperature: float, samples: int) -> tuple[Group, ...]:
         """``samples`` responses to every prompt with their verdicts, in prompt order."""
@@ -92,16 +96,23 @@ def greedy(groups: Sequence[Group], name: str) -> dict[str, float]:
 
 
 def sampled(groups: Sequence[Group], name: str) -> dict[str, float]:
-    """Mean accuracy over N samples per prompt, and pass@N (unbiased, from N samples)."""
+    """Mean accuracy over N samples per prompt, and pass@N (unbiased, from N samples).
+
+    A response without verdict is no failure: it is left out of the mean, and its prompt out of pass@N.
+    """
     size = len(groups[0].rows)
-    outcomes = [row.outcome for group in groups for row in group.rows]
-    metrics = {
-        f"val-core/{name}/accuracy/mean@{size}": _mean(outcomes),
-    }
-    if size > 1:
-        solved = [pass_at_k(size, sum(row.outcome == 1 for row in group.rows), size) for group in groups]
+    metrics = {f"val-core/{name}/accuracy/mean@{size}": _mean([row.outcome for g in groups for row in g.rows])}
+    judged = [group for group in groups if all(row.outcome is not None for row in group.rows)]
+    if size > 1 and judged:
+        solved = [pass_at_k(size, sum(row.outcome == 1 for row in group.rows), size) for group in judged]
         metrics[f"val-core/{name}/accuracy/pass@{size}"] = sum(solved) / len(solved)
     return metrics
+
+
+def left_out(sets: Mapping[str, Any]) -> dict[str, float]:
+    """Rows of each held-out set that are not evaluated, and why."""
+    too_long = {f"val-aux/{name}/num_too_long": float(held.num_too_long) for name, held in sets.items()}
+    return too_long | {f"val-aux/{name}/num_without_gold": float(held.num_without_gold) for name, held in sets.items()}
 
 
 def _mean(outcomes: Sequence[float | None]) -> float:

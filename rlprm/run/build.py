@@ -70,7 +70,7 @@ def evaluation_sets(data: HeldOut, tokenizer: Any, *, limit: int | None, seed: i
 def ray_cluster(placement: Placement, *, learners: bool) -> Iterator[None]:
     """Ray for the actors of this placement."""
     ranks = placement.policy_ranks + placement.prm_ranks if learners else 0
-    gpus = ranks * placement.gpus_per_rank + placement.engines * placement.gpus_per_engine
+    gpus = ranks * placement.gpus_per_rank + placement.engines * placement.gpus_per_engine * placement.tensor_parallel
     with cluster(
         address=placement.ray_address,
         num_actors=ranks + placement.engines + 1,
@@ -94,6 +94,7 @@ def sampling(
     temperature: float,
     max_tokens: int,
     samples: int,
+    needs_steps: bool,
     logs: Path,
 ) -> Sampling:
     """Start engines and judges; returns at once, `ready` waits for them."""
@@ -144,6 +145,7 @@ def sampling(
             judges,
             num_shards=shards_needed(placement.policy_ranks, placement.prm_ranks),
             max_error_fraction=verifier.max_error_fraction,
+            needs_steps=needs_steps,
             timeout_s=placement.stage_timeout_s,
         ),
         judge_actors=tuple(judges),

@@ -12,7 +12,7 @@ from rlprm.config import EvaluateConfig
 from rlprm.data.keep import everything
 from rlprm.data.tokenizer import load_tokenizer
 from rlprm.errors import VerifierError
-from rlprm.evaluation.evaluator import Evaluator, greedy, sampled
+from rlprm.evaluation.evaluator import Evaluator, greedy, left_out, sampled
 from rlprm.run import build
 from rlprm.run.progress import Progress
 from rlprm.run.scratch import scratch_logs
@@ -58,6 +58,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
             temperature=1.0,  # of training requests, of which there are none here
             max_tokens=config.max_response_tokens,
             samples=config.samples,
+            needs_steps=False,
             logs=logs,
         )
         stack.callback(lambda: build.stop(started, ()))
@@ -73,6 +74,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
             seed=config.seed,
             log=lambda step, metrics: None,
             notify=lambda words, total: progress.stage(words, total, "prompts"),
+            left_out=left_out(sets),
         )
         found = []
         for name, held in sets.items():

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import yaml
 
 from rlprm.checks import check_model_folders
 from rlprm.config import TrainConfig, validated
 from rlprm.errors import CheckpointError, ConfigError
 from rlprm.run import build
 from rlprm.run.checkpoint import damage
-from rlprm.run.folder import CONFIG, HEADER
+from rlprm.run.folder import CONFIG, HEADER, last_config
 from rlprm.run.progress import Progress
 from rlprm.run.scratch import scratch_logs
 
@@ -91,11 +90,12 @@ def run_config(run: Path) -> TrainConfig:
         )
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise ConfigError(f"{run} holds no run (no {HEADER} with {CONFIG}); expected what rlprm train wrote{hint}")
-    last = json.loads((run / HEADER).read_text(encoding="utf-8"))["starts"][-1]["config"]
     try:
-        return validated(TrainConfig, yaml.safe_load((run / last).read_text(encoding="utf-8")))
+        return validated(TrainConfig, last_config(run))
     except ConfigError as error:
-        raise ConfigError(f"{run / last} is not a configuration of this version of rlprm: {error}") from None
+        raise ConfigError(
+            f"the configuration in {run} is not a configuration of this version of rlprm: {error}"
+        ) from None
 
 
 def newest_checkpoint(run: Path, progress: Progress) -> tuple[int, Path]:

@@ -34,6 +34,16 @@ def needs_reference(config: TrainConfig) -> bool:
     return has_prm or "kl" in config.streams or config.policy_loss.kl_weight > 0
 
 
+def needs_steps(config: TrainConfig) -> bool:
+    """Does a stream pay, compare or accumulate by reasoning step? Then a splitter that finds none is a mistake."""
+    for stream in config.streams.values():
+        pieces = [stream.normalizer, stream.estimator, *([stream.source.kind] if stream.source is not None else [])]
+        named = {value for piece in pieces for value in piece.values() if isinstance(value, str)}
+        if named & {"step", "step_index", "rlprm.core.estimators.step_local", "rlprm.sources.exact.exact_steps"}:
+            return True
+    return False
+
+
 def plans(config: TrainConfig) -> list[StreamPlan]:
     """The streams' pieces, in the order of the configuration."""
     from rlprm.parts import made

@@ -9,7 +9,9 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from rlprm.errors import ConfigError
 from rlprm.run.redact import redact_text
@@ -78,6 +80,12 @@ def write_run_header(folder: Path, resolved_config_yaml: str, versions: Mapping[
         "versions": dict(versions),
     }
     _write(header, json.dumps({"starts": [*starts, start]}, indent=2, allow_nan=False) + "\n")
+
+
+def last_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run's last start, as it was written (secrets taken out)."""
+    name = json.loads((folder / HEADER).read_text(encoding="utf-8"))["starts"][-1]["config"]
+    return yaml.safe_load((folder / name).read_text(encoding="utf-8"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlprm import driver
 from rlprm.checks import check_model_folders
-from rlprm.cli.compose import Composed
+from rlprm.cli.compose import Composed, flat_leaves
 from rlprm.config import TrainConfig
-from rlprm.evaluation.evaluator import Evaluator
+from rlprm.errors import ConfigError
+from rlprm.evaluation.evaluator import Evaluator, left_out
 from rlprm.parts import made
-from rlprm.run import build
+from rlprm.run import build, factories
 from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.clock import Clock
-from rlprm.run.folder import RunFolder, write_run_header
+from rlprm.run.folder import RunFolder, last_config, write_run_header
 from rlprm.run.progress import Progress
 from rlprm.run.recorder import Recorder
+from rlprm.run.redact import redact_text
 from rlprm.run.saving import Checkpoints
 from rlprm.run.tracker import MetricsLog, RolloutLog, TensorBoard, Trackers, WandB
 
@@ -36,6 +41,9 @@ def train(config: TrainConfig, composed: Composed, progress: Progress) -> Path:
         found = checkpointer.latest_valid() if config.resume == "auto" else None
         for skipped in checkpointer.skipped:
             progress.say(f"skipped a damaged checkpoint: {skipped}")
+        if found is not None:
+            for line in changes(folder.path, composed):
+                progress.say(line)
         first = 1 if found is None else int(found[1]["step"]) + 1
         if first > config.steps:
             progress.say(f"{path} is complete ({config.steps} steps)")
@@ -82,6 +90,7 @@ def assembled(
             temperature=config.temperature,
             max_tokens=config.max_response_tokens,
             samples=config.responses_per_prompt,
+            needs_steps=factories.needs_steps(config),
             logs=logs,
         )
         groups: list[Any] = []
@@ -132,6 +141,7 @@ def assembled(
             seed=config.seed,
             log=recorder.evaluation,
             notify=lambda words, total: progress.stage(words, total, "prompts"),
+            left_out=left_out(sets),
         )
         yield driver.Run(
             first_step=first,
@@ -166,11 +176,40 @@ def _trackers(config: TrainConfig, composed: Composed, folder: Path, resume_from
                 name=f"{config.name}-seed{config.seed}",
                 group=config.tracker.group or config.name,
                 tags=config.tracker.tags,
-                run_id=f"{config.name}-seed{config.seed}",
+                run_id=wandb_id(folder),
                 config=composed.values,
             )
         )
     return Trackers(sinks, RolloutLog(folder, resume_from))
+
+
+FIXED = ("model.", "streams.", "critic.model")  # what a run in progress is about
+
+
+def changes(folder: Path, composed: Composed) -> list[str]:
+    """What differs from the configuration of the run's last start, a line each.
+
+    Raises:
+        ConfigError: another model or other streams: that is another run, whose numbers must not follow on these.
+    """
+    before = dict(flat_leaves(last_config(folder)))
+    now = dict(flat_leaves(yaml.safe_load(redact_text(composed.yaml()))))
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    fixed = [key for key in differing if key.startswith(FIXED)]
+    if fixed:
+        raise ConfigError(
+            f"the run in {folder} was started with {fixed[0]} = {before.get(fixed[0])!r} and now has "
+            f"{now.get(fixed[0])!r}; that is another run: choose another name or output_dir, or undo the change"
+        )
+    return [f"resuming with {key} = {now.get(key)!r} (was {before.get(key)!r})" for key in differing if key != "resume"]
+
+
+def wandb_id(folder: Path) -> str:
+    """The run's own id on Weights & Biases, drawn once: a name and a seed may occur in many folders and projects."""
+    file = folder / "wandb_id"
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def versions() -> Mapping[str, str]:
@@ -182,6 +221,8 @@ def versions() -> Mapping[str, str]:
 def commit() -> str | None:
     """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None  # an installed package may lie inside somebody else's repository
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlprm.batch import flatten, pad
 from rlprm.core.steps import step_ends
 from rlprm.engine.combine import Measured, agreed
+from rlprm.engine.distributed import GroupReduce
 from rlprm.errors import ConfigError
 from rlprm.records import JaggedShard
 
@@ -35,7 +36,7 @@ class ExactSteps:
         """
         padded = pad(shard)
         present = step_ends(padded.step_index) & (padded.step_label >= 0)
-        if not bool(present.any()):
+        if not bool(GroupReduce().max(present.any().double())):  # of all ranks: one may have no labelled row by chance
             raise ConfigError(
                 "the verifier gave no step labels, so exact steps have nothing to pay; use a task whose verifier checks "
                 "each step (chain_arithmetic), or another source"

@@ -120,7 +120,7 @@ def group(index: int, keep: bool, *outcomes: float | None, reason: str = "", len
 
 def judges(**changes) -> tuple[Judges, Actor]:
     actor = Actor()
-    settings = {"num_shards": 2, "max_error_fraction": 0.0, "timeout_s": 1.0, **changes}
+    settings = {"num_shards": 2, "max_error_fraction": 0.0, "timeout_s": 1.0, "needs_steps": False, **changes}
     return Judges([actor], **settings), actor
 
 

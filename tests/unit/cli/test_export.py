@@ -82,7 +82,7 @@ def test_newest_intact_checkpoint_and_nothing_is_changed(run):
 
 
 def test_the_configuration_is_that_of_the_last_start(run, tmp_path):
-    assert run_config(run).steps == 40
+    assert run_config(run).steps == 30
     made = composed("train", ["recipe=chain_arithmetic_cpu", f"model.path={tmp_path}/model", "steps=77"])
     write_run_header(run, made.yaml(), {}, None)
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2

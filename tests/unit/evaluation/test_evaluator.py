@@ -31,9 +31,9 @@ def test_greedy_leaves_absent_verdicts_out_and_counts_them():
 
 def test_sampled_mean_and_pass():
     found = sampled([group(1.0, 0.0), group(0.0, 0.0), group(1.0, None)], "chain")
-    # mean over judged: 2 of 5; pass@2: prompts 1 and 3 have a right one
+    # mean over judged: 2 of 5; pass@2: of the two prompts that were judged in full the first has a right one
     assert found["val-core/chain/accuracy/mean@2"] == pytest.approx(0.4)
-    assert found["val-core/chain/accuracy/pass@2"] == pytest.approx(2 / 3)
+    assert found["val-core/chain/accuracy/pass@2"] == pytest.approx(1 / 2)
     assert set(sampled([group(1.0)], "chain")) == {"val-core/chain/accuracy/mean@1"}  # pass@1 would say it again
 
 
@@ -82,6 +82,7 @@ def evaluator(*, every: int = 2, samples: int = 3, sets=None):
         seed=4,
         log=lambda step, metrics: logged.append((step, metrics)),
         notify=notify,
+        left_out={"val-aux/chain/num_too_long": 1.0},
     )
     return made, rollouts, logged, told
 
