@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlprm.config import TrainConfig
+    from rlprm.config import (
+        EnginePlacement,
+        EvaluateConfig,
+        LearnerSection,
+        OptimizerSection,
+        RolloutSection,
+        SftConfig,
+        TrainConfig,
+        TrainPlacement,
+    )
 
 BUILT_IN = ("outcome", "kl")
+# Names of the policy's own parts in checkpoints and exports: a source of that name would overwrite them.
+RESERVED = ("policy", "policy_critic", "critic", "reference")
+# Pieces after which the sign of a stream's credit says whether the response was right.
+SIGNED = ("rlprm.core.gates.sign_consistent", "rlprm.core.merge.posterior_gate")
+STORE_SHARE = 0.9  # of the object store for weights; the rest is for batches on their way
 
 
 def check_train(config: TrainConfig) -> None:
@@ -25,44 +42,141 @@ def check_train(config: TrainConfig) -> None:
     _kl(config)
     _critic(config)
     _arithmetic(config)
+    _learners(config)
+    _transport(config.placement)
+    _temperature("temperature", config.temperature)
+    _temperature("evaluation.temperature", config.evaluation.temperature)
+    _engine(config.rollout, config.placement)
     _pieces(config)
+    _whitening(config)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Cross-field rules of an evaluation.
+
+    Raises:
+        ValueError: with what was found, what was expected and what to do.
+    """
+    for temperature in config.temperatures:
+        if temperature > 0:
+            _temperature("temperatures", temperature)
+    _engine(config.rollout, config.placement)
+
+
+def check_sft(config: SftConfig) -> None:
+    """Cross-field rules of supervised fine-tuning.
+
+    Raises:
+        ValueError: with what was found, what was expected and what to do.
+    """
+    _learner("learner", config.learner, config.placement.device, config.steps)
 
 
 def check_model_folders(config: TrainConfig) -> None:
-    """Every model of the run is there.
+    """Every model of the run is there, speaks the policy's tokens, and the policy's weights fit the object store.
 
     Raises:
-        ConfigError: see :func:`check_model_folder`.
+        ConfigError: see :func:`check_model_folder`; or two models with different vocabularies, or weights larger than
+            ``placement.object_store_bytes``.
     """
     check_model_folder("model.path", config.model.path)
-    for name, stream in config.streams.items():
-        if stream.source is not None and stream.source.model is not None:
-            check_model_folder(f"streams.{name}.source.model", stream.source.model)
+    _weights_fit(config)
+    others = {
+        f"streams.{name}.source.model": stream.source.model
+        for name, stream in config.streams.items()
+        if stream.source is not None and stream.source.model is not None
+    }
     if config.critic is not None:
-        check_model_folder("critic.model", config.critic.model)
+        others["critic.model"] = config.critic.model
+    for key, path in others.items():
+        check_model_folder(key, path)
+        _same_vocabulary(key, path, config.model.path)
 
 
 def check_model_folder(key: str, path: str) -> None:
-    """``path`` is a folder with a model's configuration and weights, or may be a hub name (``owner/name``).
+    """``path`` is a local folder with a model's configuration and weights; the engines take nothing else.
 
     Raises:
         ConfigError: with the key of the configuration that names it.
     """
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key} {path!r} has no config.json; expected a Hugging Face model folder")
-        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-            raise ConfigError(f"{key} {path!r} holds no weights (*.safetensors); expected a complete model folder")
-    elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+    if not folder.is_dir():
+        todo = "expected a local Hugging Face model folder"
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+            todo = f"give a local folder; download a hub model first, e.g. hf download {path} --local-dir FOLDER"
+        raise ConfigError(f"{key} {path!r} is no folder (looked for {folder.absolute()}); {todo}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key} {path!r} has no config.json; expected a Hugging Face model folder")
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise ConfigError(f"{key} {path!r} holds no weights (*.safetensors); expected a complete model folder")
+
+
+def _weights_fit(config: TrainConfig) -> None:
+    placement = config.placement
+    store = placement.object_store_bytes
+    if placement.weight_transport != "object_store" or store is None or placement.ray_address is not None:
+        return  # a cluster that is joined has a store of its own size
+    weights = sum(file.stat().st_size for file in Path(config.model.path).glob("*.safetensors"))
+    if weights > STORE_SHARE * store:
         raise ConfigError(
-            f"{key} {path!r} is no folder (looked for {folder.absolute()}); expected a Hugging Face model folder, or a "
-            "hub name (owner/name) where the machine may download"
+            f"placement.object_store_bytes is {store} and the weights of model.path {config.model.path!r} have {weights} "
+            "bytes, which travel to the engines through it; set placement.object_store_bytes to at least "
+            f"{int(weights / STORE_SHARE) + 1} (or null, for Ray to decide), or use another placement.weight_transport"
         )
+
+
+def _same_vocabulary(key: str, path: str, policy: str) -> None:
+    """Both models read the same token ids, so they must mean the same by them."""
+    own, other = Path(policy), Path(path)
+    if own.resolve() == other.resolve():
+        return
+    files = [folder / "tokenizer.json" for folder in (own, other)]
+    if all(file.is_file() for file in files):
+        same = files[0].read_bytes() == files[1].read_bytes() or _vocabulary(files[0]) == _vocabulary(files[1])
+        found = "their tokenizer.json name different tokens"
+    else:
+        sizes = [_read(folder / "config.json").get("vocab_size") for folder in (own, other)]
+        same = sizes[0] == sizes[1]
+        found = f"their config.json have vocab_size {sizes[1]} and {sizes[0]}"
+    if not same:
+        raise ConfigError(
+            f"{key} {path!r} has another tokenizer than model.path {policy!r} ({found}); both read the same token ids, so "
+            "use a model of the same family"
+        )
+
+
+def _vocabulary(tokenizer: Path) -> dict[Any, Any]:
+    """Text of each token id; how text is cut up does not matter where only ids are exchanged."""
+    content = _read(tokenizer)
+    try:
+        listed = content["model"]["vocab"]
+        pairs = (
+            {number: text for text, number in listed.items()} if isinstance(listed, dict) else dict(enumerate(listed))
+        )
+        return pairs | {added["id"]: added["content"] for added in content.get("added_tokens") or ()}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{tokenizer} has no vocabulary that can be read ({error!r}); save the tokenizer anew"
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); expected the JSON file of a Hugging Face model") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds a {type(content).__name__}; expected the JSON object of a Hugging Face model")
+    return content
 
 
 def _sources(config: TrainConfig) -> None:
     for name, stream in config.streams.items():
+        if name in RESERVED:
+            raise ValueError(
+                f"streams.{name}: the policy's checkpoint has a folder of that name ({', '.join(RESERVED)} are taken); "
+                "choose another, for example process"
+            )
         if name in BUILT_IN and stream.source is not None:
             raise ValueError(f"streams.{name} is built in and has a source; set streams.{name}.source to null")
         if name not in BUILT_IN and stream.source is None:
@@ -129,7 +243,12 @@ def _arithmetic(config: TrainConfig) -> None:
             f"keep.min_prompts is {config.keep.min_prompts} and a batch has {shards} shards; each needs a group of its own, "
             f"so set keep.min_prompts to at least {shards}"
         )
-    learners = {"policy": config.policy}
+
+
+def _learners(config: TrainConfig) -> None:
+    from rlprm.run.factories import updates
+
+    learners: dict[str, LearnerSection] = {"policy": config.policy}
     if config.critic is not None:
         learners["critic.learner"] = config.critic.learner
     for name, stream in config.streams.items():
@@ -141,20 +260,77 @@ def _arithmetic(config: TrainConfig) -> None:
                 f"{role}.mini_batches is {learner.mini_batches} and prompts_per_step {config.prompts_per_step}; a mini-batch "
                 "holds at least one prompt's group"
             )
-        if learner.offload != "none" and config.placement.device == "cpu":
-            raise ValueError(
-                f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from"
-            )
-    on_gpu_only = "gpu_memory_utilization" in config.rollout.engine and (
-        config.rollout.engine["gpu_memory_utilization"] is not None
-    )
-    if on_gpu_only and config.placement.device == "cpu":
+        _learner(role, learner, config.placement.device, updates(config, learner))
+
+
+def _learner(role: str, learner: OptimizerSection, device: str, total_steps: int) -> None:
+    from rlprm.engine.schedule import check
+
+    if learner.offload != "none" and device == "cpu":
+        raise ValueError(f"{role}.offload is {learner.offload} on device cpu, where there is nothing to offload from")
+    try:
+        check(kind=learner.schedule, warmup=learner.warmup, total=total_steps)
+    except ConfigError as error:
+        raise ValueError(f"{role}: {error}") from error
+
+
+def _transport(placement: TrainPlacement) -> None:
+    if placement.weight_transport == "gloo" and placement.device == "cuda":
+        raise ValueError("weight_transport gloo moves tensors on CPU; use nccl (between GPUs) or object_store on cuda")
+    bucket, store = placement.weight_bucket_bytes, placement.object_store_bytes
+    if placement.weight_transport == "object_store" and store is not None and bucket > store:
+        raise ValueError(
+            f"placement.weight_bucket_bytes is {bucket} and placement.object_store_bytes {store}: no bucket of weights "
+            "would fit the store; lower weight_bucket_bytes, or raise object_store_bytes"
+        )
+
+
+def _temperature(key: str, value: float) -> None:
+    from rlprm.engine.generating import MIN_TEMPERATURE
+
+    if value < MIN_TEMPERATURE:
+        raise ValueError(
+            f"{key} {value} is below {MIN_TEMPERATURE}, the smallest at which the engines sample; raise it"
+        )
+
+
+def _engine(rollout: RolloutSection, placement: EnginePlacement) -> None:
+    """The engine's memory belongs to its device."""
+    cache, share = (_setting(rollout.engine, key) for key in ("kv_cache_bytes", "gpu_memory_utilization"))
+    if placement.device == "cpu" and share is not None:
         raise ValueError(
             "rollout.engine.gpu_memory_utilization is set and placement.device is cpu; use rollout=vllm_cpu, or a placement "
             "with GPUs"
         )
-    if config.placement.weight_transport == "gloo" and config.placement.device == "cuda":
-        raise ValueError("weight_transport gloo moves tensors on CPU; use nccl (between GPUs) or object_store on cuda")
+    if placement.device == "cuda" and cache is not None:
+        raise ValueError(
+            "rollout.engine.kv_cache_bytes is set and placement.device is cuda, where the cache is a share of the GPU; use "
+            "rollout=vllm_gpu"
+        )
+    if share is not None and placement.gpus_per_engine < 1 and share > placement.gpus_per_engine:
+        raise ValueError(
+            f"rollout.engine.gpu_memory_utilization is {share} and placement.gpus_per_engine {placement.gpus_per_engine}; "
+            "an engine that shares its GPU must leave the others their part: set gpu_memory_utilization to at most "
+            f"{placement.gpus_per_engine}"
+        )
+
+
+def _setting(part: Mapping[str, Any], key: str) -> Any:
+    """An engine of another kind has no such setting: the same as one that is not set."""
+    return part.get(key)
+
+
+def _whitening(config: TrainConfig) -> None:
+    if config.whiten != "full":
+        return
+    for name, stream in config.streams.items():
+        for key, part in (("gate", stream.gate), ("merge", stream.merge)):
+            if part["_target_"] in SIGNED:
+                piece = part["_target_"].rpartition(".")[2]
+                raise ValueError(
+                    f"whiten is full and streams.{name}.{key} is {piece}: a shift moves zero, which would reward wrong "
+                    "answers; use whiten=scale (or none)"
+                )
 
 
 def _pieces(config: TrainConfig) -> None:

@@ -83,8 +83,17 @@ class PolicyLoss(Section):
     ]
     horizon: Count | None  # tokens
     kl_weight: NonNegative
-    kl_kind: Literal["k2", "k3", "straight_through"]
+    kl_kind: Literal["k1", "k2", "k3", "straight_through"]  # k1 is refused with its reason, which is worth reading
     entropy_weight: NonNegative
+
+    @model_validator(mode="after")
+    def _kl_loss_has_a_gradient(self) -> PolicyLoss:
+        if self.kl_kind == "k1":
+            raise ValueError(
+                "kl_kind is k1, and k1 as a loss has zero expected gradient; use k2 or straight_through, or k1 in the "
+                "reward (a stream named kl)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _horizon_belongs_to_its_mode(self) -> PolicyLoss:
@@ -108,7 +117,9 @@ class Mismatch(Section):
         return self
 
 
-class LearnerSection(Section):
+class OptimizerSection(Section):
+    """How one learner updates its weights."""
+
     lr: Positive
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     eps: Positive
@@ -116,12 +127,17 @@ class LearnerSection(Section):
     schedule: Literal["constant", "linear", "cosine"]
     warmup: Annotated[int, Field(ge=0)]  # optimizer steps
     max_grad_norm: Positive
-    epochs: Count
-    mini_batches: Count
     token_budget: Count  # tokens per forward pass
     layout: Literal["padded", "packed"]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload: Literal["none", "cpu"]
+
+
+class LearnerSection(OptimizerSection):
+    """And how often, in how many parts, it goes over the batch of a step."""
+
+    epochs: Count
+    mini_batches: Count
 
 
 class Critic(Section):
@@ -148,33 +164,69 @@ class StreamSection(Section):
 
 
 class Placement(Section):
+    """What every command that starts Ray reads."""
+
     device: Literal["cpu", "cuda"]
-    policy_ranks: Count
-    prm_ranks: Count
-    engines: Count
-    tensor_parallel: Count
-    gpus_per_rank: NonNegative
-    gpus_per_engine: NonNegative
     threads: Count
-    weight_transport: Literal["object_store", "gloo", "nccl"]
-    weight_bucket_bytes: Count
     object_store_bytes: Count | None
     ray_address: str | None
     start_timeout_s: Positive
     stage_timeout_s: Positive
+
+
+class LearnerPlacement(Placement):
+    policy_ranks: Count
+    gpus_per_rank: NonNegative
     collective_timeout_s: Positive
 
     @model_validator(mode="after")
-    def _devices_agree(self) -> Placement:
-        on_gpu = self.device == "cuda"
-        if on_gpu != (self.gpus_per_rank > 0) or on_gpu != (self.gpus_per_engine > 0):
-            raise ValueError(
-                f"device {self.device} with gpus_per_rank {self.gpus_per_rank} and gpus_per_engine "
-                f"{self.gpus_per_engine}; expected 0 on cpu and more than 0 on cuda"
-            )
-        if self.weight_transport == "nccl" and not on_gpu:
+    def _ranks_are_on_the_device(self) -> LearnerPlacement:
+        _on_device(self.device, "gpus_per_rank", self.gpus_per_rank)
+        return self
+
+
+class EnginePlacement(Placement):
+    engines: Count
+    tensor_parallel: Count
+    gpus_per_engine: NonNegative
+
+    @model_validator(mode="after")
+    def _engines_are_on_the_device(self) -> EnginePlacement:
+        _on_device(self.device, "gpus_per_engine", self.gpus_per_engine)
+        return self
+
+
+def _on_device(device: str, key: str, gpus: float) -> None:
+    if (device == "cuda") != (gpus > 0):
+        raise ValueError(f"device {device} with {key} {gpus}; expected 0 on cpu and more than 0 on cuda")
+
+
+class TrainPlacement(EnginePlacement, LearnerPlacement):
+    """Where the processes of `rlprm train` sit."""
+
+    prm_ranks: Count
+    weight_transport: Literal["object_store", "gloo", "nccl"]
+    weight_bucket_bytes: Count
+
+    @model_validator(mode="after")
+    def _weights_can_travel(self) -> TrainPlacement:
+        if self.weight_transport == "nccl" and self.device == "cpu":
             raise ValueError("weight_transport nccl needs device cuda; use object_store or gloo on cpu")
         return self
+
+
+class SftPlacement(LearnerPlacement):
+    """Where the learner of `rlprm sft` sits; it is alone."""
+
+    prm_ranks = engines = property(lambda self: 0)
+    gpus_per_engine = property(lambda self: 0.0)
+
+
+class EvaluatePlacement(EnginePlacement):
+    """Where the engines of `rlprm evaluate` sit; without learners one shard holds every response."""
+
+    policy_ranks = prm_ranks = property(lambda self: 1)
+    gpus_per_rank = property(lambda self: 0.0)
 
 
 class Tracker(Section):
@@ -223,7 +275,7 @@ class TrainConfig(Section):
     mismatch: Mismatch
     policy: LearnerSection
     critic: Critic | None
-    placement: Placement
+    placement: TrainPlacement
     tracker: Tracker
     evaluation: Evaluation
     checkpoint: Checkpoint
@@ -250,7 +302,7 @@ class EvaluateConfig(Section):
     verifier: VerifierSection
     splitter: Part
     rollout: RolloutSection
-    placement: Placement
+    placement: EvaluatePlacement
 
     @model_validator(mode="after")
     def _something_is_measured_once(self) -> EvaluateConfig:
@@ -258,6 +310,9 @@ class EvaluateConfig(Section):
             raise ValueError("data.evaluation names no set; add a reader under data.evaluation.NAME")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {self.temperatures} names one twice; give each once")
+        from rlprm.checks import check_evaluate
+
+        check_evaluate(self)
         return self
 
 
@@ -278,8 +333,15 @@ class SftConfig(Section):
     template: Part  # how a question becomes a prompt
     initial: Part | None  # makes the initial model folder; null: model.path exists
     model: Model
-    learner: LearnerSection
-    placement: Placement
+    learner: OptimizerSection
+    placement: SftPlacement
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> SftConfig:
+        from rlprm.checks import check_sft
+
+        check_sft(self)
+        return self
 
 
 def validated(schema: type[Section], values: Mapping[str, Any]) -> Any:

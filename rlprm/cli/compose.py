@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
 from rlprm.errors import ConfigError
 from rlprm.paths import conf_dir, recipes_dir
@@ -91,6 +92,18 @@ def composed(
         raise ConfigError(_explain(name, error, own + chosen, reads)) from None
     assert isinstance(values, dict)
     return Composed(values=_only(values, reads), origins=origins)
+
+
+def keeps(part: type[BaseModel], whole: type[BaseModel], key: str) -> bool:
+    """Does a command that has only ``part`` of training's section ``whole`` keep ``key``?
+
+    What ``whole`` alone knows is left out. What neither knows is kept, so that the schema refuses it by name.
+
+    >>> from rlprm.config import Model, SampledModel
+    >>> [keeps(SampledModel, Model, key) for key in ("path", "attention", "pathh")]
+    [True, False, True]
+    """
+    return key in part.model_fields or key not in whole.model_fields
 
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:

@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from rlprm.cli.compose import composed
+from rlprm.cli.compose import composed, keeps
 from rlprm.cli.train import composing, help_text
-from rlprm.config import EvaluateConfig, HeldOut, SampledModel, validated
+from rlprm.config import (
+    Data,
+    EvaluateConfig,
+    EvaluatePlacement,
+    HeldOut,
+    Model,
+    SampledModel,
+    TrainPlacement,
+    validated,
+)
 from rlprm.errors import ConfigError
 from rlprm.run.progress import Progress
 
@@ -23,8 +32,8 @@ if TYPE_CHECKING:
     from rlprm.run.evaluating import Measured
 
 OWN_HELP = False
-# Sections of which evaluation reads a part only: training's model and data say more than an engine needs.
-PARTS = {"model": SampledModel, "data": HeldOut}
+# Sections of which evaluation reads a part only: training's say more than an engine needs.
+PARTS = {"model": (SampledModel, Model), "data": (HeldOut, Data), "placement": (EvaluatePlacement, TrainPlacement)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,7 @@ def reads(key: str) -> bool:
     section, *rest = key.split(".")
     if section not in EvaluateConfig.model_fields:
         return False
-    return section not in PARTS or not rest or rest[0] in PARTS[section].model_fields
+    return section not in PARTS or not rest or keeps(*PARTS[section], rest[0])
 
 
 def run(options: argparse.Namespace) -> int:

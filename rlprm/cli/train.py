@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
         print(help_text("train", options.config_dir))
         return 0
     seeds = parse_seeds(options.seeds)
+    if seeds is not None:
+        refuse_two_seeds(options.seeds, options.overrides)
     plan = [options.overrides] if seeds is None else [[*options.overrides, f"seed={seed}"] for seed in seeds]
     configurations = [composed("train", overrides, options.config_dir) for overrides in plan]
     if options.cfg:
@@ -82,6 +84,19 @@ def parse_seeds(text: str | None) -> list[int] | None:
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds is {text!r}, which names a seed twice; give each once")
     return seeds
+
+
+def refuse_two_seeds(seeds: str, overrides: Sequence[str]) -> None:
+    """``--seeds`` sets ``seed`` in every run, so a seed given beside it would be lost.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    for word in overrides:
+        if word.partition("=")[0].lstrip("+~").strip() == "seed":
+            raise ConfigError(
+                f"{word} and --seeds {seeds} both say which seed to run; write every seed into --seeds, or drop --seeds"
+            )
 
 
 def help_text(name: str, config_dir: Path | None, only: Container[str] | None = None) -> str:

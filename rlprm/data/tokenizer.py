@@ -22,7 +22,7 @@ def load_tokenizer(path: str) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer at {path!r} ({str(error).splitlines()[0]}); expected a Hugging Face model folder with tokenizer "
-            "files, or a hub name where the machine may download"
+            "files"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlprm.actors.judge import Judge
 from rlprm.config import Critic as CriticSection
-from rlprm.config import LearnerSection, SftConfig, TrainConfig
+from rlprm.config import LearnerSection, OptimizerSection, SftConfig, TrainConfig
 from rlprm.core.credit import CriticPlan, StreamPlan
 from rlprm.data.tokenizer import load_tokenizer
 from rlprm.errors import ConfigError
@@ -228,7 +228,7 @@ def passes(section: LearnerSection, seed: int) -> Any:
     )
 
 
-def learner_settings(config: TrainConfig | SftConfig, section: LearnerSection, total_steps: int) -> Any:
+def learner_settings(config: TrainConfig | SftConfig, section: OptimizerSection, total_steps: int) -> Any:
     """DeepSpeed and AdamW settings of one learner; decaying schedules end with the run."""
     from rlprm.engine.learner import LearnerSettings
 

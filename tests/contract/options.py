@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from rlprm.cli import evaluate, sft
 from rlprm.cli.compose import composed, groups
-from rlprm.cli.evaluate import reads
 from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
 from rlprm.paths import conf_dir, recipes_dir
 
@@ -23,10 +23,16 @@ REQUIRED = {
     "evaluate": ["model.path=somewhere"],
     "judge": [],
 }
-READS: Mapping[str, Callable[[str], bool]] = {"evaluate": reads}
+READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads}
 COMPANIONS = {
     "critic": ["method=ppo"],  # a critic accumulates by GAE, so the method must leave that to it
-    "rollout/vllm_gpu": ["placement=gpu1"],
+    "rollout/vllm_gpu": ["placement=gpu8"],
+    # an engine on part of a GPU, and a memory share for it
+    "placement/gpu1": ["rollout=vllm_gpu", "rollout.engine.gpu_memory_utilization=0.4"],
+    "placement/gpu8": ["rollout=vllm_gpu"],
+    # where a sign says right or wrong, nothing may move zero
+    "gate/sign_consistent": ["whiten=scale"],
+    "merge/posterior_gate": ["whiten=scale"],
 }
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads

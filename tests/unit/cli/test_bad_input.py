@@ -93,6 +93,9 @@ def lines(folder: Path, *rows: dict) -> list[str]:
         ("--seeds=0,a", "--seeds is '0,a'; expected whole numbers"),
         ("--seeds=1,1", "names a seed twice"),
         ("--seeds=-1", "seed: found -1"),
+        ("policy_loss.kl_kind=k1", "kl_kind is k1, and k1 as a loss has zero expected gradient"),
+        ("temperature=0.001", "temperature 0.001 is below 0.01"),
+        ("placement=gpu1", "kv_cache_bytes is set and placement.device is cuda.*use rollout=vllm_gpu"),
         ("--sedes=1", "unrecognized arguments: --sedes=1 .*nearest is '--seeds'"),
         ("--seed=1", "unrecognized arguments: --seed=1 .*nearest is '--seeds'"),  # no abbreviation that means another
         ("--config-dir=/nonexistent", "configuration folder /nonexistent does not exist"),
@@ -105,6 +108,12 @@ def test_a_bad_word_is_named(refused, model, tmp_path, word, message):
     said = refused(RECIPE, f"model.path={model}", f"output_dir={tmp_path}/runs", word)
     assert re.search(message, said), said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("word", ["seed=5", "+seed=5", "~seed"])
+def test_seed_beside_seeds_is_not_dropped(refused, model, word):
+    said = refused(RECIPE, f"model.path={model}", word, "--seeds", "0,1")
+    assert f"{word} and --seeds 0,1 both say which seed to run" in said
 
 
 def test_recipe_and_mandatory_value(refused):
@@ -120,6 +129,7 @@ def test_command_that_does_not_exist(capsys):
 def test_model_folder(refused, tmp_path):
     output = f"output_dir={tmp_path}/runs"
     assert "model.path '/no/model' is no folder" in refused(RECIPE, output, "model.path=/no/model")
+    assert "download a hub model first, e.g. hf download owner/name" in refused(RECIPE, output, "model.path=owner/name")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refused(RECIPE, output, f"model.path={tmp_path}/empty")
     (tmp_path / "empty/config.json").write_text("{}")
