@@ -28,6 +28,8 @@ def cluster(
     Raises:
         ConfigError: not enough shared memory for the object store, or the cluster has too few GPUs.
     """
+    if address is None and object_store_bytes is not None:
+        _require_memory(object_store_bytes)
     already = ray.is_initialized()
     if not already:
         _start(address, num_actors, object_store_bytes, working_dir)
@@ -55,8 +57,6 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
     if address is not None:
         ray.init(address=address, **options)
         return
-    if object_store_bytes is not None:
-        _require_memory(object_store_bytes)
     # a token for this run alone; a cluster that is joined has its own, from the environment or ~/.ray
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     options["runtime_env"]["env_vars"].update(_loopback_only())
