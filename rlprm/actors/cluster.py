@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private import services
+from ray.exceptions import RayError
 
 from rlprm.errors import ConfigError
 
@@ -55,7 +56,13 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
         "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(working_dir)}},
     }
     if address is not None:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, RayError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at placement.ray_address {address!r} ({str(error).splitlines()[0]}); start one there, "
+                "give its token in RAY_AUTH_TOKEN, or set the address to null"
+            ) from error
         return
     # a token for this run alone; a cluster that is joined has its own, from the environment or ~/.ray
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
