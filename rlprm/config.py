@@ -218,7 +218,7 @@ class TrainPlacement(EnginePlacement, LearnerPlacement):
 class SftPlacement(LearnerPlacement):
     """Where the learner of `rlprm sft` sits; it is alone."""
 
-    prm_ranks = engines = property(lambda self: 0)
+    prm_ranks = engines = tensor_parallel = property(lambda self: 0)
     gpus_per_engine = property(lambda self: 0.0)
 
 
