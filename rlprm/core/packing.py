@@ -20,7 +20,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int, max_sequences: int,
 
     Budget: padded tokens (longest length times number of sequences) for the padded layout, real tokens for the packed
     one. Longest first, so that memory runs out at once or never. A sequence that is longer than the budget gets a
-    micro-batch of its own; :func:`num_over_budget` counts them.
+    micro-batch of its own.
 
     >>> micro_batches([3, 8, 5, 20], 16, 8, "padded"), micro_batches([3, 8, 5, 20], 16, 8, "packed")
     ([[3], [1, 2], [0]], [[3], [1, 2, 0]])
@@ -43,40 +43,6 @@ def micro_batches(lengths: Sequence[int], token_budget: int, max_sequences: int,
         batches[-1].append(index)
         used += cost
     return batches
-
-
-def num_over_budget(lengths: Sequence[int], token_budget: int) -> int:
-    """Sequences that alone exceed the budget: counted, for they decide the peak memory.
-
-    >>> num_over_budget([3, 20], 16)
-    1
-    """
-    return sum(length > token_budget for length in lengths)
-
-
-def split_to(batches: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The same sequences in ``count`` micro-batches, the fullest halved first; empty ones where there are too few.
-
-    Ranks under ZeRO-3 must run equally many forward passes; an empty micro-batch is run on any sequence with weight 0.
-
-    >>> split_to([[0, 1, 2]], 2), split_to([[0]], 2)
-    ([[0, 1], [2]], [[0], []])
-
-    Raises:
-        ConfigError: fewer micro-batches asked for than there are.
-    """
-    if count < len(batches):
-        raise ConfigError(f"{len(batches)} micro-batches cannot become {count}; take the largest count of all ranks")
-    parts = [list(batch) for batch in batches]
-    while len(parts) < count:
-        fullest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
-        if fullest is None or len(parts[fullest]) < 2:
-            parts.append([])
-            continue
-        members = parts[fullest]
-        half = (len(members) + 1) // 2
-        parts[fullest : fullest + 1] = [members[:half], members[half:]]
-    return parts
 
 
 def build_micro(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlprm.core.packing import build_micro, micro_batches, num_over_budget, split_to
+from rlprm.core.packing import build_micro, micro_batches
 from rlprm.errors import ConfigError
 
 LENGTHS = torch.tensor([2, 3, 1])
@@ -23,9 +23,8 @@ def test_at_most_so_many_sequences():
     assert micro_batches([1, 1, 1], 100, 2, "packed") == [[0, 1], [2]]
 
 
-def test_a_sequence_over_the_budget_is_alone_and_counted():
+def test_a_sequence_over_the_budget_is_alone():
     assert micro_batches([50, 4, 4], 10, 8, "padded") == [[0], [1, 2]]
-    assert num_over_budget([50, 4, 4], 10) == 1
 
 
 def test_no_sequences_no_micro_batches():
@@ -36,14 +35,6 @@ def test_no_sequences_no_micro_batches():
 def test_limits_below_one_are_refused(budget, limit):
     with pytest.raises(ConfigError, match="at least 1"):
         micro_batches([1], budget, limit, "padded")
-
-
-def test_split_to_evens_out_ranks():
-    assert split_to([[0, 1, 2], [3]], 3) == [[0, 1], [2], [3]]
-    assert split_to([[0], [1]], 3) == [[0], [1], []]
-    assert split_to([], 1) == [[]]
-    with pytest.raises(ConfigError, match="largest count"):
-        split_to([[0], [1]], 1)
 
 
 def build(layout):
