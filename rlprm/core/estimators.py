@@ -45,6 +45,39 @@ def step_local(rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shar
     return torch.where(shard.response_mask, spread, torch.zeros_like(spread)).to(rewards.dtype)
 
 
+def to_go_from_step(rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard) -> Float[Tensor, "B T"]:
+    """``A_t = sum of the rewards from the first token of t's step on``: the return, read at step starts only.
+
+    PRL (arXiv:2601.10201) reads its KL-to-go at the starts of segments, so all tokens of a segment share one number.
+    Differs from :func:`step_local`, where nothing of later steps arrives.
+
+    >>> from rlprm.core.probe import made_up
+    >>> shard = made_up()  # steps [0, 0, 1, 1]
+    >>> to_go_from_step(torch.tensor([[1.0, 2.0, 4.0, 8.0]] * 2), shard.response_mask, shard)[0].tolist()
+    [15.0, 15.0, 12.0, 12.0]
+    """
+    sums = step_sums(rewards, present & shard.response_mask, shard.step_index)
+    spread = spread_over_step(sums.flip(1).cumsum(1).flip(1), shard.step_index)
+    return torch.where(shard.response_mask, spread, torch.zeros_like(spread)).to(rewards.dtype)
+
+
+def as_value(rewards: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], shard: Shard) -> Float[Tensor, "B T"]:
+    """``A_t = -sum_{s < t} r_s``: what the stream has said *before* t, as the value of the state in which t was chosen.
+
+    Beside an outcome part it gives outcome minus value, PRIME's variant of the PRM as a Q function (arXiv:2502.01456).
+    The paper writes the value of a state; whether t's own reward belongs to it is not said. Here it does not: a value
+    must not know the action that it is the baseline of.
+
+    >>> from rlprm.core.probe import made_up
+    >>> shard = made_up()
+    >>> as_value(torch.tensor([[1.0, 2.0, 4.0, 8.0]] * 2), shard.response_mask, shard)[0].tolist()
+    [0.0, -1.0, -3.0, -7.0]
+    """
+    received = known(rewards, present & shard.response_mask)
+    before = received - received.cumsum(1)
+    return torch.where(shard.response_mask, before, torch.zeros_like(before)).to(rewards.dtype)
+
+
 def gae(
     rewards: Float[Tensor, "B T"],
     values: Float[Tensor, "B T"],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlprm.core.estimators import gae, none, step_local, to_go
+from rlprm.core.estimators import as_value, gae, none, step_local, to_go, to_go_from_step
 from rlprm.errors import ConfigError
 from tests.unit.core.worked import close, example, off_response, on_response, process_stream, shard_of
 
@@ -68,3 +68,31 @@ def test_discounts_outside_the_unit_interval_are_refused():
         to_go(stream.rewards, stream.present, shard, gamma=1.5)
     with pytest.raises(ConfigError, match=r"lam is -0\.1"):
         gae(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0, -0.1)
+
+
+def test_to_go_from_step_gives_a_step_one_number():
+    # steps of y2: {0.1, 0.3} and {-0.2}: 0.2 for the first, -0.2 for the second; each token its own step: plain to_go
+    shard = shard_of([3, 1], [1.0, 0.0], steps=[[0, 0, 1], [0]])
+    rewards = on_response(shard, [[0.1, 0.3, -0.2], [0.4]])
+    close(off_response(to_go_from_step(rewards, shard.response_mask, shard), shard), [[0.2, 0.2, -0.2], [0.4]])
+    whole = example()
+    stream = process_stream(whole)
+    found = off_response(to_go_from_step(stream.rewards, stream.present, whole), whole)
+    close(found, [[0.1, -0.1], [0.2, 0.1, -0.2], [0.4]])
+
+
+def test_as_value_is_minus_what_came_before():
+    # prefix sums [0.2, 0.1], [0.1, 0.4, 0.2], [0.4], one token late and negated
+    shard = example()
+    stream = process_stream(shard)
+    found = off_response(as_value(stream.rewards, stream.present, shard), shard)
+    close(found, [[0.0, -0.2], [0.0, -0.1, -0.4], [0.0]])
+
+
+def test_outcome_to_go_and_the_stream_as_value_make_outcome_minus_value():
+    # outcomes 1, 0, 1 at the last token, beside prefix sums before each token
+    shard = example()
+    stream = process_stream(shard)
+    outcome = on_response(shard, [[torch.nan, 1.0], [torch.nan, torch.nan, 0.0], [1.0]])
+    total = to_go(outcome, outcome.isfinite(), shard, gamma=1.0) + as_value(stream.rewards, stream.present, shard)
+    close(off_response(total, shard), [[1.0, 0.8], [0.0, -0.1, -0.4], [1.0]])

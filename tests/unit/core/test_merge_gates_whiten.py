@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlprm.core.gates import TrustState, open_gate, sign_consistent, trust_from, trust_gate
+from rlprm.core.gates import TrustState, trust_from
 from rlprm.core.merge import posterior_gate, separate, sum_into
 from rlprm.core.reduce import Identity
 from rlprm.core.whiten import whiten
@@ -37,22 +37,6 @@ def test_sum_into_refuses_what_is_not_there(name, into, message):
     shard = example()
     with pytest.raises(ConfigError, match=message):
         sum_into({"a": process_stream(shard)}, shard, name=name, into=into, weight=1.0)
-
-
-def test_sign_gate_keeps_what_agrees_with_the_outcome():
-    part, outcome = torch.tensor([[1.0, -1.0, 2.0, -3.0]]), torch.tensor([[0.5, 0.5, 0.0, -1.0]])
-    shard = shard_of([3], [1.0])
-    assert sign_consistent(part, outcome, None, shard).tolist() == [[1.0, 0.0, 0.0, -3.0]]
-    assert open_gate(part, outcome, None, shard).tolist() == part.tolist()
-    with pytest.raises(ConfigError, match="`outcome`"):
-        sign_consistent(part, None, None, shard)
-
-
-def test_trust_gate_scales():
-    shard, part = shard_of([3], [1.0]), torch.tensor([[1.0, -2.0, 0.0, 4.0]])
-    assert trust_gate(part, None, 0.25, shard).tolist() == [[0.25, -0.5, 0.0, 1.0]]
-    with pytest.raises(ConfigError, match="nobody measures"):
-        trust_gate(part, None, None, shard)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_bound_is_last(bound, expected):
         ({"centre": "group", "order": "centre_then_scale"}, "nothing|no scale"),
         ({"eps": 1e-6}, "divides by nothing"),
         ({"scale": "batch_std", "eps": 0.0}, "above 0"),
-        ({"bound": "sigmoid"}, "bound is 'sigmoid'"),
+        ({"bound": "arctan"}, "bound is 'arctan'"),
         ({"bound": -1.0}, "above 0"),
     ],
 )

@@ -16,7 +16,18 @@ from rlprm.records import Shard, Stream
 
 PROCESS = [[0.2, -0.1], [0.1, 0.3, -0.2], [0.4]]
 OUTCOMES = [1.0, 0.0, 1.0]
-NO_AXES = {"unit": "token", "centre": "none", "scale": "none", "order": "none", "bound": "none", "eps": 0.0}
+NO_AXES = {
+    "unit": "token",
+    "subset": "all",
+    "clip_first": None,
+    "accumulate": "none",
+    "centre": "none",
+    "scale": "none",
+    "order": "none",
+    "bound": "none",
+    "eps": 0.0,
+    "decay": None,
+}
 
 
 def shard_of(
@@ -43,6 +54,8 @@ def shard_of(
         step_label=torch.full((size, width), -1),
         outcome=torch.tensor([0.0 if outcome is None else outcome for outcome in outcomes]),
         outcome_present=torch.tensor([outcome is not None for outcome in outcomes]),
+        greedy_outcome=torch.zeros(size),
+        greedy_present=torch.zeros(size, dtype=torch.bool),
         group=torch.tensor(groups or [0] * size),
         version=torch.zeros(size, dtype=torch.int64),
         truncated=torch.zeros(size, dtype=torch.bool),
