@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -56,6 +56,27 @@ def flat_response_mask(jagged: JaggedShard) -> Tensor:
     return (position >= jagged.prompt_lengths[:, None])[attention(jagged.lengths)]
 
 
+def flat_rows(lengths: Int[Tensor, " B"], rows: Int[Tensor, " b"]) -> Int[Tensor, " n"]:
+    """Where the tokens of ``rows`` lie among the flat tokens of all rows, row by row.
+
+    >>> flat_rows(torch.tensor([2, 1, 3]), torch.tensor([2, 0])).tolist()
+    [3, 4, 5, 0, 1]
+    """
+    starts, own = (lengths.cumsum(0) - lengths)[rows], lengths[rows]
+    place = torch.arange(int(own.sum())) - (own.cumsum(0) - own).repeat_interleave(own)
+    return starts.repeat_interleave(own) + place
+
+
+def chosen_rows(jagged: JaggedShard, rows: Int[Tensor, " b"]) -> JaggedShard:
+    """The shard restricted to ``rows``, in their order."""
+    places = flat_rows(jagged.lengths, rows)
+    flat = ("tokens", "rollout_logprobs", "step_index", "step_label")
+    chosen = {
+        field.name: getattr(jagged, field.name)[places if field.name in flat else rows] for field in fields(jagged)
+    }
+    return JaggedShard(**chosen)
+
+
 def pad(jagged: JaggedShard) -> Shard:
     """The padded view that the maths of one shard works on; masks are made here and nowhere else."""
     present = attention(jagged.lengths)
@@ -69,6 +90,8 @@ def pad(jagged: JaggedShard) -> Shard:
         step_label=unflatten(jagged.step_label, jagged.lengths, fill=-1),
         outcome=jagged.outcome,
         outcome_present=jagged.outcome_present,
+        greedy_outcome=jagged.greedy_outcome,
+        greedy_present=jagged.greedy_present,
         group=jagged.group,
         version=jagged.version,
         truncated=jagged.truncated,
@@ -86,12 +109,15 @@ def jagged(
     rows: Sequence[int],
     fresh: Sequence[bool],
     train: Sequence[bool],
+    greedy: Sequence[float | None] | None = None,
 ) -> JaggedShard:
     """Lay verified rollouts end to end; ``step_indices[i]`` gives the reasoning step of each response token of row i.
 
+    ``greedy[i]`` is the outcome of the greedy response to the prompt of row i; None where there is none.
+
     Raises:
         AlignmentError: a rollout whose log-probs or step indices do not describe its tokens one by one, or an
-            aborted rollout, which must never train.
+            aborted rollout or a greedy baseline, which must never train.
     """
     tokens, logprobs, steps, labels = [], [], [], []
     for item, indices in zip(verified, step_indices, strict=True):
@@ -99,6 +125,8 @@ def jagged(
         size = len(rollout.tokens)
         if rollout.finish == "abort":
             raise AlignmentError(f"rollout {rollout.prompt.id}#{rollout.sample} was aborted; it must be sampled again")
+        if rollout.greedy:
+            raise AlignmentError(f"rollout {rollout.prompt.id} is a greedy baseline; it belongs to no batch")
         if len(rollout.logprobs) != size or len(indices) != size:
             raise AlignmentError(
                 f"rollout {rollout.prompt.id}#{rollout.sample} has {size} tokens, {len(rollout.logprobs)} log-probs "
@@ -112,11 +140,14 @@ def jagged(
         labels += [-1] * prompt_size + [exact[i] if 0 <= i < len(exact) else -1 for i in indices]
     rollouts = [item.rollout for item in verified]
     outcomes = [item.verdict.outcome for item in verified]
+    baselines = [None] * len(outcomes) if greedy is None else list(greedy)
     return JaggedShard(
         lengths=torch.tensor([len(r.prompt.tokens) + len(r.tokens) for r in rollouts], dtype=torch.int64),
         prompt_lengths=torch.tensor([len(r.prompt.tokens) for r in rollouts], dtype=torch.int64),
         outcome=torch.tensor([0.0 if outcome is None else float(outcome) for outcome in outcomes]),
         outcome_present=torch.tensor([outcome is not None for outcome in outcomes], dtype=torch.bool),
+        greedy_outcome=torch.tensor([0.0 if outcome is None else float(outcome) for outcome in baselines]),
+        greedy_present=torch.tensor([outcome is not None for outcome in baselines], dtype=torch.bool),
         group=torch.tensor(groups, dtype=torch.int64),
         version=torch.tensor([r.version for r in rollouts], dtype=torch.int64),
         truncated=torch.tensor([r.finish == "length" for r in rollouts], dtype=torch.bool),
@@ -140,6 +171,8 @@ def jagged_texts(examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Jag
         prompt_lengths=torch.tensor(prompts, dtype=torch.int64),
         outcome=torch.zeros(count),
         outcome_present=no,
+        greedy_outcome=torch.zeros(count),
+        greedy_present=no,
         group=torch.arange(count),
         version=torch.zeros(count, dtype=torch.int64),
         truncated=no,
@@ -194,6 +227,8 @@ class Row:
     response_length: int
     num_steps: int
     version: int
+    repetition: float  # share of repeated n-grams
+    copy: bool  # token by token an earlier response of its group
     fresh: bool  # sampled in the first round
     train: bool  # its group was accepted by `keep`
 
@@ -209,6 +244,7 @@ class Batch:
     step: int
     rows: tuple[Row, ...]
     shards: tuple[Any, ...]
+    texts: tuple[Any, ...]  # of each shard, a text per row; read by sources that read text, and by nobody else
     members: tuple[tuple[int, ...], ...]  # rows of each shard, in the shard's order
     selected: tuple[bool, ...]
     counts: Mapping[str, float]

@@ -12,22 +12,31 @@ from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlprm.core.implicit import Granularity
     from rlprm.config import (
         EnginePlacement,
         EvaluateConfig,
         LearnerSection,
         OptimizerSection,
+        ProcessSource,
         RolloutSection,
         SftConfig,
         TrainConfig,
         TrainPlacement,
     )
+    from rlprm.config_dpo import DpoConfig
+    from rlprm.config_prm import PrmConfig
 
-BUILT_IN = ("outcome", "kl")
+BUILT_IN: Mapping[str, Granularity] = {"outcome": "whole", "kl": "token"}
 # Names of the policy's own parts in checkpoints and exports: a source of that name would overwrite them.
 RESERVED = ("policy", "policy_critic", "critic", "reference")
 # Pieces after which the sign of a stream's credit says whether the response was right.
-SIGNED = ("rlprm.core.gates.sign_consistent", "rlprm.core.merge.posterior_gate")
+SIGNED = (
+    "rlprm.core.gates.sign_consistent",
+    "rlprm.core.gates.selective",
+    "rlprm.core.gates.failure_agrees",
+    "rlprm.core.merge.posterior_gate",
+)
 STORE_SHARE = 0.9  # of the object store for weights; the rest is for batches on their way
 
 
@@ -63,8 +72,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _engine(config.rollout, config.placement)
 
 
-def check_sft(config: SftConfig) -> None:
-    """Cross-field rules of supervised fine-tuning.
+def check_sft(config: SftConfig | DpoConfig | PrmConfig) -> None:
+    """Cross-field rules of fine-tuning, supervised or on preferences.
 
     Raises:
         ValueError: with what was found, what was expected and what to do.
@@ -79,6 +88,8 @@ def check_model_folders(config: TrainConfig) -> None:
         ConfigError: see :func:`check_model_folder`; or two models with different vocabularies, or weights larger than
             ``placement.object_store_bytes``.
     """
+    from rlprm.run.factories import kind, sources
+
     check_model_folder("model.path", config.model.path)
     _weights_fit(config)
     others = {
@@ -86,11 +97,13 @@ def check_model_folders(config: TrainConfig) -> None:
         for name, stream in config.streams.items()
         if stream.source is not None and stream.source.model is not None
     }
+    foreign = {f"streams.{name}.source.model" for name, section in sources(config).items() if kind(section).own_tokens}
     if config.critic is not None:
         others["critic.model"] = config.critic.model
     for key, path in others.items():
         check_model_folder(key, path)
-        _same_vocabulary(key, path, config.model.path)
+        if key not in foreign:
+            same_vocabulary(key, path, config.model.path)
 
 
 def check_model_folder(key: str, path: str) -> None:
@@ -125,7 +138,7 @@ def _weights_fit(config: TrainConfig) -> None:
         )
 
 
-def _same_vocabulary(key: str, path: str, policy: str) -> None:
+def same_vocabulary(key: str, path: str, policy: str) -> None:
     """Both models read the same token ids, so they must mean the same by them."""
     own, other = Path(policy), Path(path)
     if own.resolve() == other.resolve():
@@ -184,30 +197,57 @@ def _sources(config: TrainConfig) -> None:
                 f"streams.{name} has no source; give it one (source@streams.{name}.source=implicit), or use one of the "
                 f"built-in names {', '.join(BUILT_IN)}"
             )
-        if stream.source is not None and (stream.source.model is None) != (stream.source.learner is None):
-            raise ValueError(f"streams.{name}.source has only one of model and learner; a PRM needs both, a rule none")
-        if stream.gate["_target_"] == "rlprm.core.gates.trust_gate" and (
-            stream.source is None or not stream.source.model
-        ):
+        if stream.source is not None:
+            _source(config, name, stream.source)
+        if stream.gate and stream.gate["_target_"] == "rlprm.core.gates.trust_gate" and not _measured(stream.source):
             raise ValueError(
                 f"streams.{name}.gate is trust, and only a PRM's pair accuracy is measured, so its trust would stay 0; "
                 f"use gate@streams.{name}.gate=open"
             )
-        if stream.source is not None and "beta" in stream.source.kind and not stream.source.kind["beta"] > 0:
+
+
+def _source(config: TrainConfig, name: str, section: ProcessSource) -> None:
+    """What the source's own class says of its settings, and that the streams it names are there."""
+    from rlprm.run.factories import kind, outputs, settings, sources
+
+    target = kind(section)
+    if not (isinstance(target, type) and issubclass(target, _base())):
+        raise ValueError(
+            f"streams.{name}.source.kind is {section.kind['_target_']}; expected a subclass of rlprm.sources.base.ProcessSource"
+        )
+    if section.learner is not None and section.model is None:
+        raise ValueError(f"streams.{name}.source has a learner and no model; name the folder of the model that learns")
+    if name in outputs(config):
+        of, output = outputs(config)[name]
+        if of not in sources(config) or output not in kind(sources(config)[of]).outputs:
             raise ValueError(
-                f"streams.{name}.source.kind.beta is {stream.source.kind['beta']}; expected more than 0 (0 pays nothing, a "
-                "negative one pays for being wrong)"
+                f"streams.{name} is the output {output!r} of stream {of!r}, and no source of that name gives one; streams with "
+                f"sources: {', '.join(sorted(sources(config))) or 'none'}"
             )
-    learnt = [name for name, stream in config.streams.items() if stream.source and stream.source.model]
-    if len(learnt) > 1:
-        raise ValueError(f"streams {', '.join(learnt)} each train a PRM; one learnt PRM per run is supported")
+        return
+    try:
+        target.check(model=section.model, learner=section.learner is not None, **settings(section))
+    except ConfigError as error:
+        raise ValueError(f"streams.{name}.source: {error}") from error
+
+
+def _base() -> type:
+    from rlprm.sources.base import ProcessSource
+
+    return ProcessSource
+
+
+def _measured(section: ProcessSource | None) -> bool:
+    from rlprm.run.factories import kind
+
+    return section is not None and kind(section).measures
 
 
 def _groups(config: TrainConfig) -> None:
     if config.responses_per_prompt > 1:
         return
     for name, stream in config.streams.items():
-        centre = stream.normalizer.get("centre", "none")
+        centre = (stream.normalizer or {}).get("centre", "none")
         if centre in ("group", "leave_one_out", "token_mean_loo", "token_mean_loo_released", "step_index"):
             raise ValueError(
                 f"streams.{name}.normalizer centres by {centre}, which compares responses to the same prompt, and "
@@ -224,7 +264,7 @@ def _critic(config: TrainConfig) -> None:
     if config.critic is None:
         return
     for name, stream in config.streams.items():
-        if not stream.estimator["_target_"].endswith(".none"):
+        if stream.estimator and not stream.estimator["_target_"].endswith(".none"):
             raise ValueError(
                 f"streams.{name}.estimator is {stream.estimator['_target_']}; with a critic GAE accumulates, so the "
                 f"estimator must be none (estimator@streams.{name}.estimator=none)"
@@ -324,7 +364,7 @@ def _whitening(config: TrainConfig) -> None:
     if config.whiten != "full":
         return
     for name, stream in config.streams.items():
-        for key, part in (("gate", stream.gate), ("merge", stream.merge)):
+        for key, part in stream.pieces.items():
             if part["_target_"] in SIGNED:
                 piece = part["_target_"].rpartition(".")[2]
                 raise ValueError(
@@ -337,16 +377,22 @@ def _pieces(config: TrainConfig) -> None:
     """Let every piece check its own settings, on two made-up responses."""
     import torch
 
-    from rlprm.core.credit import CriticPlan, probe
+    from rlprm.core.credit import CriticPlan
     from rlprm.core.mismatch import mismatch_weights
+    from rlprm.core.policy_loss import one_choice
+    from rlprm.core.probe import probe
     from rlprm.parts import made
-    from rlprm.run.factories import plans
+    from rlprm.run.factories import kind, plans, settings
 
     critic = config.critic and CriticPlan(gamma=config.critic.gamma, lam=config.critic.lam)
     one, gap = torch.zeros(1, 1), config.mismatch
+    sections = {name: stream.source for name, stream in config.streams.items() if stream.source is not None}
+    where = {name: kind(section).granularity(**settings(section)) for name, section in sections.items()}
+    where |= {name: granularity for name, granularity in BUILT_IN.items() if name in config.streams}
+    trusted = [name for name, section in sections.items() if _measured(section)]
     tries = {
-        "streams": lambda: probe(plans(config), critic, whiten=config.whiten),
-        "policy_loss.surrogate": lambda: made(config.policy_loss.surrogate)(one, one, one, one == 0),
+        "streams": lambda: probe(plans(config), critic, whiten=config.whiten, sources=where, trusted=trusted),
+        "policy_loss.surrogate": lambda: made(config.policy_loss.surrogate)(one_choice()),
         "mismatch": lambda: mismatch_weights(one, one, one == 0, mode=gap.mode, cap=gap.cap, low=gap.low),
         "splitter": lambda: made(config.splitter)(["a"]),
         "keep.rule": lambda: made(config.keep.rule)([]),

@@ -76,6 +76,11 @@ class RolloutSection(Section):
     engine: Part
 
 
+class TrustRegion(Section):
+    weight: Positive  # of the hinge, per nat
+    delta: NonNegative  # nats per token that are free
+
+
 class PolicyLoss(Section):
     surrogate: Part
     aggregation: Literal[
@@ -85,6 +90,7 @@ class PolicyLoss(Section):
     kl_weight: NonNegative
     kl_kind: Literal["k1", "k2", "k3", "straight_through"]  # k1 is refused with its reason, which is worth reading
     entropy_weight: NonNegative
+    trust_region: TrustRegion | None
 
     @model_validator(mode="after")
     def _kl_loss_has_a_gradient(self) -> PolicyLoss:
@@ -155,12 +161,31 @@ class ProcessSource(Section):
 
 
 class StreamSection(Section):
+    """A stream with credit of its own has all pieces; one that a merge sums into another has a source and no more."""
+
     source: ProcessSource | None  # null for the built-in streams `outcome` and `kl`
-    merge: Part
-    normalizer: Part
-    estimator: Part
-    weight: float
-    gate: Part
+    merge: Part | None
+    normalizer: Part | None
+    estimator: Part | None
+    weight: float | None
+    gate: Part | None
+
+    @model_validator(mode="after")
+    def _all_pieces_or_none(self) -> StreamSection:
+        pieces = ("merge", "normalizer", "estimator", "weight", "gate")
+        missing = [piece for piece in pieces if getattr(self, piece) is None]
+        if missing and len(missing) < len(pieces):
+            raise ValueError(
+                f"{', '.join(missing)} null and the others not; a stream that a merge of another stream takes in has all of "
+                f"{', '.join(pieces)} null, every other stream has all of them"
+            )
+        return self
+
+    @property
+    def pieces(self) -> dict[str, dict[str, Any]]:
+        """Its pieces by group; none where another stream takes it in."""
+        named = {"merge": self.merge, "normalizer": self.normalizer, "estimator": self.estimator, "gate": self.gate}
+        return {group: part for group, part in named.items() if part is not None}
 
 
 class Placement(Section):
@@ -235,7 +260,35 @@ class Tracker(Section):
     project: str
     group: str | None
     tags: list[str]
-    rollout_groups: Annotated[int, Field(ge=0)]
+    rollout_groups: Annotated[int, Field(ge=0)] | None  # of the first rank; null: all groups of all ranks
+
+
+Limits = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+
+
+class AlarmRule(Section):
+    metric: str
+    band: Limits  # lowest and highest value
+    change: Limits  # lowest and highest multiple of the metric's moving mean
+    patience: Count  # steps in a row
+    action: Literal["log", "brake", "stop"]
+    advice: str
+
+
+class Alarms(Section):
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    warmup: Annotated[int, Field(ge=0)]  # steps
+    brake_factor: Annotated[float, Field(ge=0, lt=1)]
+    brake_recovery: Annotated[float, Field(ge=0, le=1)]
+    canary_every: Annotated[int, Field(ge=0)]  # steps
+    rules: dict[str, AlarmRule] | None
+
+    @model_validator(mode="after")
+    def _rules_make_sense(self) -> Alarms:
+        from rlprm.run.alarms import rules
+
+        rules(self)
+        return self
 
 
 class Evaluation(Section):
@@ -277,6 +330,7 @@ class TrainConfig(Section):
     critic: Critic | None
     placement: TrainPlacement
     tracker: Tracker
+    alarms: Alarms
     evaluation: Evaluation
     checkpoint: Checkpoint
 

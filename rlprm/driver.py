@@ -59,7 +59,7 @@ def train(run: Run) -> None:
             old_logprobs = run.policy.logprobs(batch)
             ref_logprobs = run.reference.logprobs(batch)
             scored = score(run, batch, old_logprobs, ref_logprobs)
-            kept = select(run, batch)
+            kept = select(run, batch, scored)
             credit = run.policy.credit(kept, scored, old_logprobs, ref_logprobs)
             prm_learned = run.sources.learn(batch, old_logprobs, ref_logprobs)
             policy_learned = run.policy.learn(kept, old_logprobs, ref_logprobs, credit)
@@ -108,9 +108,9 @@ def score(run: Run, batch: Batch, old_logprobs: Any, ref_logprobs: Any) -> Any:
         return run.sources.score(batch, old_logprobs, ref_logprobs)
 
 
-def select(run: Run, batch: Batch) -> Batch:
+def select(run: Run, batch: Batch, scored: Any) -> Batch:
     """The batch with the rows marked that train the policy; what the PRM learns from stays the whole batch."""
-    return replace(batch, selected=tuple(run.select(batch.rows)))
+    return replace(batch, selected=tuple(run.select(batch.rows, scored.rows)))
 
 
 def wait(run: Run, *learned: Any) -> list[Any]:

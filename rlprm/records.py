@@ -43,6 +43,8 @@ class Shard(Record):
     step_label: Int[Tensor, "B T"]  # exact label of the token's step: 1 right, 0 wrong, -1 unknown or off the response
     outcome: Float[Tensor, " B"]  # verifier's reward in [0, 1]; 0 where absent
     outcome_present: Bool[Tensor, " B"]  # False: the verifier failed or timed out
+    greedy_outcome: Float[Tensor, " B"]  # of the greedy response to the same prompt; 0 where absent
+    greedy_present: Bool[Tensor, " B"]  # False: none was sampled, or it got no verdict
     group: Int[Tensor, " B"]  # equal value = same prompt
     version: Int[Tensor, " B"]  # optimizer steps the sampling policy had taken
     truncated: Bool[Tensor, " B"]  # the response was cut by the length limit
@@ -59,6 +61,8 @@ class JaggedShard(Record):
     prompt_lengths: Int[Tensor, " B"]
     outcome: Float[Tensor, " B"]
     outcome_present: Bool[Tensor, " B"]
+    greedy_outcome: Float[Tensor, " B"]
+    greedy_present: Bool[Tensor, " B"]
     group: Int[Tensor, " B"]
     version: Int[Tensor, " B"]
     truncated: Bool[Tensor, " B"]

@@ -21,6 +21,7 @@ class Prompt:
 
     id: str  # unique and stable: "<source>/<row>"
     text: str  # the rendered prompt, as the verifier may read it
+    question: str  # as the data source has it, before the template
     tokens: tuple[int, ...]
     gold: str
     source: str  # name of the data source, used in metric names
@@ -28,12 +29,17 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Sample ``len(seeds)`` responses to ``prompt``; greedy when ``temperature`` is 0."""
+    """Sample ``len(seeds)`` responses to ``prompt``; greedy when ``temperature`` is 0.
+
+    ``with_greedy``: and one greedy response besides, the last of the answer (the engines themselves never see this: who
+    drives them asks twice).
+    """
 
     prompt: Prompt
     seeds: tuple[int, ...]
     temperature: float
     max_tokens: int
+    with_greedy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,7 @@ class Rollout:
     finish: Finish
     version: int
     seed: int
+    greedy: bool = False  # the baseline of the others (ReMax): judged with them, and no part of any batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,23 @@ class Verified:
     verdict: Verdict
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRollout:
+    """A response that a run has written down, token by token: nothing of it is ever tokenised again."""
+
+    where: str  # file:line
+    step: int  # of the run
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the response's tokens when they were sampled, nats
+    outcome: float | None  # None: the verifier gave no verdict
+    truncated: bool
+    version: int
+    spans: tuple[tuple[int, int], ...]  # of each step: its first response token, and the one after its last
+    labels: tuple[int, ...]  # of each step: 1 right, 0 wrong, -1 unknown
+    rewards: Mapping[str, tuple[float | None, ...]]  # per stream, of each step: the sum that it earned, if anything
+
+
 @runtime_checkable
 class Generator(Protocol):
     """A rollout engine: token ids in, token ids and log-probs out."""
@@ -90,6 +114,15 @@ class Generator(Protocol):
     def close(self) -> None:
         """Release the engine and its processes."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowText:
+    """A response as a reader of text sees it; the texts of its steps joined are the response."""
+
+    prompt: Prompt
+    response: str
+    steps: tuple[str, ...]
 
 
 # A verifier is a plain function (gold, response text, prompt text) -> (outcome in [0, 1], reason) or a Verdict;

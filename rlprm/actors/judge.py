@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,13 @@ import ray
 
 from rlprm.actors.group import answer, redirect_output
 from rlprm.batch import Batch, Row, balance, jagged
+from rlprm.core.alarms import copies, repetition
 from rlprm.core.steps import step_indices
 from rlprm.errors import ConfigError, VerifierError
 from rlprm.records import JaggedShard
-from rlprm.roles import Rollout, Verified
+from rlprm.roles import Prompt, Rollout, RowText, Verdict, Verified
+
+PROBES = 4  # prompts of the last groups on which answers that say nothing are tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,8 @@ class JudgedGroup:
 
     verified: tuple[Verified, ...]
     steps: tuple[tuple[int, ...], ...]
+    texts: tuple[RowText, ...]
+    greedy: Verified | None = None  # the greedy response to the same prompt, where one was sampled as a baseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,7 @@ class Group:
     keep: bool
     rows: tuple[Row, ...]
     reference: Any
+    greedy: tuple[Verdict, ...] = ()  # of the greedy response, if there is one: counted, and in no batch
 
 
 class Judge:
@@ -42,23 +49,64 @@ class Judge:
         self._pool = pool
         self._splitter = splitter
         self._keep = keep
+        self._asked: deque[Prompt] = deque(maxlen=PROBES)
 
     def judge(self, rollouts: Sequence[Rollout]) -> JudgedGroup:
         """Verdicts of one group; verifier processes work on its responses at the same time."""
+        everything = self._verified(rollouts)
+        verified = tuple(item for item in everything if not item.rollout.greedy)
+        steps = tuple(tuple(step_indices(self._pieces(item.rollout.tokens), self._splitter)) for item in verified)
+        read = tuple(
+            RowText(
+                prompt=item.rollout.prompt, response=item.text, steps=self._step_texts(item.rollout.tokens, indices)
+            )
+            for item, indices in zip(verified, steps, strict=True)
+        )
+        greedy = next((item for item in everything if item.rollout.greedy), None)
+        return JudgedGroup(verified=verified, steps=steps, texts=read, greedy=greedy)
+
+    def _verified(self, rollouts: Sequence[Rollout]) -> tuple[Verified, ...]:
         texts = [self._tokenizer.decode(list(rollout.tokens), skip_special_tokens=True) for rollout in rollouts]
+        self._asked += dict.fromkeys(rollout.prompt for rollout in rollouts)
         futures = [
             self._pool.submit(rollout.prompt.gold, text, rollout.prompt.text)
             for rollout, text in zip(rollouts, texts, strict=True)
         ]
-        verified = tuple(
+        return tuple(
             Verified(rollout=rollout, text=text, verdict=future.result())
             for rollout, text, future in zip(rollouts, texts, futures, strict=True)
         )
-        steps = tuple(tuple(step_indices(self._pieces(rollout.tokens), self._splitter)) for rollout in rollouts)
-        return JudgedGroup(verified=verified, steps=steps)
+
+    def outcomes(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Verdicts alone, for whoever tries continuations."""
+        return [item.verdict.outcome for item in self.judge(rollouts).verified]
+
+    def canaries(self) -> list[str]:
+        """What the verifier gets wrong now, in words: its own canaries, and answers that say nothing paid on real prompts.
+
+        An empty answer and the prompt itself must not be right, whatever the gold answer is: rewards that were gamed
+        have paid for both.
+        """
+        from rlprm.verify.pool import failed_canaries
+
+        tries = [(prompt, what, text) for prompt in self._asked for what, text in empty_answers(prompt)]
+        verdicts = self._pool.judge_many([(prompt.gold, text, prompt.text) for prompt, _, text in tries])
+        paid = [
+            f"the verifier paid {verdict.outcome:g} for {what} to {prompt.id} ({verdict.reason})"
+            for (prompt, what, _), verdict in zip(tries, verdicts, strict=True)
+            if verdict.outcome is not None and verdict.outcome > 0.5
+        ]
+        return [*paid, *failed_canaries(self._pool)]
 
     def keeps(self, group: JudgedGroup) -> bool:
         return bool(self._keep(group.verified))
+
+    def _step_texts(self, tokens: Sequence[int], indices: Sequence[int]) -> tuple[str, ...]:
+        members: list[list[int]] = [[] for _ in range(1 + max(indices, default=-1))]
+        for token, index in zip(tokens, indices, strict=True):
+            if index >= 0:
+                members[index].append(token)
+        return tuple(self._tokenizer.decode(each, skip_special_tokens=True) for each in members)
 
     def _pieces(self, tokens: Sequence[int]) -> list[str]:
         return [self._tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
@@ -77,16 +125,32 @@ class JudgeActor:
     def ready(self) -> bool:
         return True
 
-    def judge(self, index: int, rollouts: list[Rollout]) -> tuple[JudgedGroup, tuple[int, bool, tuple[Row, ...]]]:
+    def judge(
+        self, index: int, rollouts: list[Rollout]
+    ) -> tuple[JudgedGroup, tuple[int, bool, tuple[Row, ...], tuple[Verdict, ...]]]:
         group = self._judge.judge(rollouts)
-        return group, (index, self._judge.keeps(group), rows_of(group))
+        baseline = () if group.greedy is None else (group.greedy.verdict,)
+        return group, (index, self._judge.keeps(group), rows_of(group), baseline)
 
-    def collate(self, references: list[Any], plan: list[tuple[int, bool, bool, tuple[int, ...]]]) -> JaggedShard:
+    def outcomes(self, rollouts: list[Rollout]) -> list[float | None]:
+        return self._judge.outcomes(rollouts)
+
+    def canaries(self) -> list[str]:
+        return self._judge.canaries()
+
+    def collate(
+        self, references: list[Any], plan: list[tuple[int, bool, bool, tuple[int, ...]]]
+    ) -> tuple[JaggedShard, tuple[RowText, ...]]:
         groups = ray.get(references)
-        return lay_out(groups, plan)
+        return lay_out(groups, plan), tuple(text for group in groups for text in group.texts)
 
     def close(self) -> None:
         self._judge.close()
+
+
+def empty_answers(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """Answers that say nothing, with their names."""
+    return ("an empty answer", ""), ("its own prompt as the answer", prompt.text)
 
 
 def rows_of(group: JudgedGroup) -> tuple[Row, ...]:
@@ -104,10 +168,14 @@ def rows_of(group: JudgedGroup) -> tuple[Row, ...]:
             response_length=len(item.rollout.tokens),
             num_steps=1 + max(steps, default=-1),
             version=item.rollout.version,
+            repetition=repetition(item.rollout.tokens),
+            copy=copy,
             fresh=False,
             train=False,
         )
-        for item, steps in zip(group.verified, group.steps, strict=True)
+        for item, steps, copy in zip(
+            group.verified, group.steps, copies([item.rollout.tokens for item in group.verified]), strict=True
+        )
     )
 
 
@@ -122,6 +190,7 @@ def lay_out(groups: Sequence[JudgedGroup], plan: Sequence[tuple[int, bool, bool,
         rows=[row for _, _, _, rows in plan for row in rows],
         fresh=[fresh for _, fresh, _ in repeated],
         train=[train for _, _, train in repeated],
+        greedy=[None if group.greedy is None else group.greedy.verdict.outcome for group in groups for _ in group.steps],
     )
 
 
@@ -151,13 +220,18 @@ class Judges:
             pending.append(actor.judge.options(num_returns=2).remote(index, rollouts))
         summaries = answer([summary for _, summary in pending], what="judge", timeout_s=self._timeout_s)
         groups = [
-            Group(index=index, keep=keep, rows=rows, reference=reference)
-            for (reference, _), (index, keep, rows) in zip(pending, summaries, strict=True)
+            Group(index=index, keep=keep, rows=rows, greedy=greedy, reference=reference)
+            for (reference, _), (index, keep, rows, greedy) in zip(pending, summaries, strict=True)
         ]
-        self._absent([row for group in groups for row in group.rows])
+        self._absent([row for group in groups for row in (*group.rows, *group.greedy)])
         return tuple(sorted(groups, key=lambda group: group.index))
 
-    def _absent(self, rows: Sequence[Row]) -> list[Row]:
+    def canaries(self) -> list[str]:
+        """What the verifiers get wrong now; see :meth:`Judge.canaries`."""
+        asked = [actor.canaries.remote() for actor in self._actors]
+        return [words for found in answer(asked, what="canaries", timeout_s=self._timeout_s) for words in found]
+
+    def _absent(self, rows: Sequence[Row | Verdict]) -> list[Row | Verdict]:
         """Responses without a verdict, if they are few enough to go on."""
         absent = [row for row in rows if row.outcome is None]
         if len(absent) > self._max_error_fraction * len(rows):
@@ -189,7 +263,7 @@ class Judges:
         sizes = [sum(row.prompt_length + row.response_length for row in group.rows) for group in used]
         shards = balance(sizes, self._num_shards)
         references = [
-            self._actors[index % len(self._actors)].collate.remote(
+            self._actors[index % len(self._actors)].collate.options(num_returns=2).remote(
                 [used[group].reference for group in shard], [plans[group] for group in shard]
             )
             for index, shard in enumerate(shards)
@@ -197,7 +271,8 @@ class Judges:
         return Batch(
             step=step,
             rows=tuple(rows),
-            shards=tuple(references),
+            shards=tuple(shard for shard, _ in references),
+            texts=tuple(texts for _, texts in references),
             members=tuple(tuple(row for group in shard for row in plans[group][3]) for shard in shards),
             selected=tuple(row.train for row in rows),
             counts=counts,
@@ -205,7 +280,8 @@ class Judges:
 
     def _counts(self, everything: Sequence[Group], accepted: Sequence[Group], rounds: int) -> dict[str, float]:
         rows = [row for group in everything for row in group.rows]
-        absent = self._absent(rows)
+        judged = [*rows, *(row for group in everything for row in group.greedy)]
+        absent = self._absent(judged)
         if rows and all(row.num_steps == 0 for row in rows):
             raise ConfigError("every response is empty: the policy stops at once; check the template and the model")
         if self._needs_steps and len(rows) > 1 and all(row.num_steps == 1 for row in rows):
@@ -220,9 +296,9 @@ class Judges:
             "keep/prompts_kept": float(len(accepted)),
             "keep/prompts_surplus": float(kept - len(accepted)),
             "keep/frac_kept": kept / len(everything),
-            "keep/rollouts_sampled": float(len(rows)),
+            "keep/rollouts_sampled": float(len(judged)),
             **dropped([group.rows for group in everything if not group.keep]),
-            "verifier/frac_absent": len(absent) / len(rows),
+            "verifier/frac_absent": len(absent) / len(judged),
             "verifier/failures": float(sum("timeout" not in row.reason for row in absent)),
             "verifier/timeouts": float(sum("timeout" in row.reason for row in absent)),
         }

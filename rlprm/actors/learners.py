@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from rlprm.actors.group import WorkerGroup
 from rlprm.batch import Batch
 from rlprm.core.gates import TrustState
+from rlprm.core.row_scores import RowScore
 from rlprm.engine.combine import global_numbers
+from rlprm.sources.base import OWN
 from rlprm.sources.measure import quality
 
 
@@ -30,10 +33,13 @@ class TokenValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Streams by name (a reference per shard), the trust in each, and PRM quality before any update."""
+    """Streams by name (a reference per shard, and which of its outputs), what each says of each row, the trust in each
+    stream and the brake on it, and PRM quality before any update."""
 
-    streams: Mapping[str, tuple[Any, ...]]
+    streams: Mapping[str, tuple[tuple[Any, ...], str]]
+    rows: Mapping[str, Mapping[int, RowScore]]
     trust: Mapping[str, float]
+    brake: Mapping[str, float]
     metrics: Mapping[str, float]
 
 
@@ -44,10 +50,11 @@ class Pending:
     group: WorkerGroup
     summaries: tuple[Any, ...]
     what: str
+    rename: Callable[[Mapping[str, float]], dict[str, float]] = dict
 
     def result(self) -> dict[str, float]:
         """Wait, and merge what the ranks measured."""
-        return global_numbers(self.group.get(list(self.summaries), self.what))
+        return self.rename(global_numbers(self.group.get(list(self.summaries), self.what)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +77,18 @@ class PendingCredit:
     summaries: tuple[Any, ...]
 
     def result(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Wait; metrics over all ranks, and the first rank's readable rollouts."""
+        """Wait; metrics over all ranks, and their readable rollouts in the order of the groups."""
         answers = self.group.get(list(self.summaries), "credit")
-        return global_numbers([measured for measured, _ in answers]), answers[0][1]
+        rows = sorted((row for _, rows in answers for row in rows), key=lambda row: row["group"])
+        return global_numbers([measured for measured, _ in answers]), rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlace:
+    """The ranks that hold a source, and whether it wants texts."""
+
+    group: WorkerGroup
+    reads_text: bool
 
 
 class Policy:
@@ -95,7 +111,9 @@ class Policy:
         summaries = []
         for rank, worker in enumerate(self.group.workers):
             mine = range(rank, len(kept.shards), size)
-            streams = {name: [references[i] for i in mine] for name, references in scored.streams.items()}
+            streams = {
+                name: ([references[i] for i in mine], output) for name, (references, output) in scored.streams.items()
+            }
             *parts, summary = worker.credit.options(num_returns=len(mine) + 1).remote(
                 [kept.shards[i] for i in mine],
                 [selection(kept)[i] for i in mine],
@@ -103,6 +121,7 @@ class Policy:
                 [ref.shards[i] for i in mine],
                 streams,
                 dict(scored.trust),
+                dict(scored.brake),
             )
             for index, part in zip(mine, parts, strict=True):
                 values[index] = part
@@ -138,52 +157,84 @@ class NoReference:
 
 
 class Sources:
-    """All process sources of the run; empty for outcome-only methods."""
+    """All process sources of the run; empty for outcome-only methods.
 
-    def __init__(self, sources: Mapping[str, WorkerGroup], trust: Mapping[str, TrustState]) -> None:
+    ``outputs`` are streams that another stream's source fills besides its own: name -> (that stream, output).
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, SourcePlace],
+        trust: Mapping[str, TrustState],
+        *,
+        outputs: Mapping[str, tuple[str, str]],
+    ) -> None:
         self._sources = dict(sources)
+        self._outputs = dict(outputs)
         self.trust = dict(trust)
+        self.brake = 1.0  # factor on the weight of every process stream; an alarm lowers it
 
     def score(self, batch: Batch, old: TokenValues, ref: TokenValues) -> Scored:
-        asked = {
-            name: group.shards(lambda worker: worker.score, [batch.shards, old.shards, ref.shards], name)
-            for name, group in self._sources.items()
-        }
+        """Ask every source at once, and wait for what they measured."""
+        asked = {}
+        for name, place in self._sources.items():
+            texts = batch.texts if place.reads_text else [None] * len(batch.shards)
+            columns = [batch.shards, old.shards, ref.shards, texts]
+            asked[name] = place.group.shards(lambda worker: worker.score, columns, name, batch.step)
         metrics = {**old.timing(), **ref.timing()}
+        rows: dict[str, Mapping[int, RowScore]] = {}
         for name, (_, summaries) in asked.items():
-            answers = self._sources[name].get(list(summaries), f"score of {name}")
-            slowest = max(seconds for _, seconds in answers)
-            metrics["timing_s/prm_score"] = metrics.get("timing_s/prm_score", 0.0) + slowest
-            measured = [one for one, _ in answers if one is not None]
+            answers = self._sources[name].group.get(list(summaries), f"score of {name}")
+            seconds = "timing_s/prm_score"
+            metrics[seconds] = metrics.get(seconds, 0.0) + max(each.seconds for each in answers)
+            metrics |= self._named(name, global_numbers([each.metrics for each in answers]))
+            measured = [each.measurement for each in answers if each.measurement is not None]
             if measured:
                 found = quality(measured)
                 accuracy, groups = found.get("prm/pair_acc_fresh", 0.0), int(found["prm/mixed_groups"])
                 self.trust[name] = self.trust[name].update(accuracy, groups)
-                metrics |= {**found, "prm/trust": self.trust[name].value}
+                metrics |= self._named(name, {**found, "prm/trust": self.trust[name].value})
+            for output in answers[0].rows:
+                rows[name if output == OWN else f"{name}/{output}"] = {
+                    row: one for each in answers for row, one in each.rows[output].items()
+                }
         return Scored(
-            streams={name: shards for name, (shards, _) in asked.items()},
+            streams={name: (asked[name][0], OWN) for name in asked}
+            | {name: (asked[of][0], output) for name, (of, output) in self._outputs.items()},
+            rows=rows | {name: rows[f"{of}/{output}"] for name, (of, output) in self._outputs.items()},
             trust={name: state.value for name, state in self.trust.items()},
+            brake=dict.fromkeys([*asked, *self._outputs], self.brake),
             metrics=metrics,
         )
 
     def learn(self, batch: Batch, old: TokenValues, ref: TokenValues) -> PendingAll:
-        columns = [batch.shards, old.shards, ref.shards]
         return PendingAll(
             parts=tuple(
                 Pending(
-                    group=group,
-                    summaries=tuple(
-                        # lists: the worker hands them to ray.get, which takes no tuple
-                        worker.learn_source.remote(
-                            *(list(column[rank :: len(group.workers)]) for column in columns), name
-                        )
-                        for rank, worker in enumerate(group.workers)
-                    ),
+                    group=place.group,
+                    summaries=tuple(self._learning(name, place, batch, old, ref)),
                     what=f"update of {name}",
+                    rename=functools.partial(self._named, name),
                 )
-                for name, group in self._sources.items()
+                for name, place in self._sources.items()
             )
         )
+
+    def _learning(
+        self, name: str, place: SourcePlace, batch: Batch, old: TokenValues, ref: TokenValues
+    ) -> Iterator[Any]:
+        size = len(place.group.workers)
+        texts = batch.texts if place.reads_text else [None] * len(batch.shards)
+        for rank, worker in enumerate(place.group.workers):
+            # lists: the worker hands them to ray.get, which takes no tuple
+            columns = (list(column[rank::size]) for column in (batch.shards, old.shards, ref.shards, texts))
+            yield worker.learn_source.remote(*columns, name, batch.step)
+
+    def _named(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """One source has the family ``prm/`` to itself; several share it by stream name, so that none is lost."""
+        if len(self._sources) == 1:
+            return dict(metrics)
+        return {key.replace("prm/", f"prm/{name}/", 1): value for key, value in metrics.items()}
 
 
 def selection(batch: Batch) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,6 +27,19 @@ def seed_of(run_seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
 
 
+def parts_of(request: Request) -> list[Request]:
+    """What an engine is asked for: the request itself, and the greedy response that it may want besides."""
+    if not request.with_greedy:
+        return [request]
+    seed = seed_of(request.seeds[0], "greedy")  # draws nothing, but tells the answers apart
+    return [request, replace(request, seeds=(seed,), temperature=0.0, with_greedy=False)]
+
+
+def joined(first: list[Rollout], second: list[Rollout]) -> list[Rollout]:
+    """Both parts of a request's answer, whichever came first: the greedy response last."""
+    return sorted([*first, *second], key=lambda rollout: (rollout.greedy, rollout.sample))
+
+
 class RolloutActor:
     """One engine in its own process."""
 
@@ -40,7 +54,8 @@ class RolloutActor:
         """Groups as they finish: first (index of the request, samples that were aborted), then the rollouts.
 
         The pair is small and goes to the driver; the rollouts stay in the object store. What the engine aborts is
-        sampled again with the same seeds: a fragment must never look like a response.
+        sampled again with the same seeds: a fragment must never look like a response. A greedy response that was asked
+        for besides comes last in its group.
         """
         waiting, tries = requests, 0
         aborted = dict.fromkeys((index for index, _ in requests), 0)
@@ -48,16 +63,29 @@ class RolloutActor:
             if tries == MAX_TRIES:
                 raise WorkerLost(f"the engine aborted {len(waiting)} groups {tries} times; see its log")
             tries += 1
-            index_of = {request.seeds[0]: (index, request) for index, request in waiting}
-            waiting = []
-            for rollouts in self._generator.generate([request for _, request in index_of.values()]):
-                index, request = index_of[rollouts[0].seed]
+            asked = {part.seeds[0]: (index, request, part) for index, request in waiting for part in parts_of(request)}
+            waiting, held = [], dict[int, list[Rollout]]()
+            for found in self._generator.generate([part for _, _, part in asked.values()]):
+                index, request, part = asked[found[0].seed]
+                mine = found if part is request else [replace(each, greedy=True) for each in found]
+                rollouts = joined(held.pop(index, []), mine)
+                if len(rollouts) < len(request.seeds) + request.with_greedy:
+                    held[index] = rollouts
+                    continue
                 if any(rollout.finish == "abort" for rollout in rollouts):
                     aborted[index] += len(rollouts)
                     waiting.append((index, request))
                     continue
                 yield index, aborted[index]
                 yield rollouts
+
+    def sample_all(self, requests: list[Request]) -> list[list[Rollout]]:
+        """The rollouts of each request at once, for callers that need all of them; aborted ones are sampled again."""
+        found: dict[int, list[Rollout]] = {}
+        finished = self.sample(list(enumerate(requests)))
+        for index, _ in finished:
+            found[index] = next(finished)
+        return [found[index] for index in range(len(requests))]
 
     def load_buckets(self, version: int, manifest: Any, references: list[Any]) -> str:
         return self._generator.load_buckets(version, manifest, ray.get(references))
@@ -85,13 +113,22 @@ class Rollouts:
     """Driver's side of the engines."""
 
     def __init__(
-        self, engines: Sequence[Any], *, seed: int, temperature: float, max_tokens: int, samples: int, timeout_s: float
+        self,
+        engines: Sequence[Any],
+        *,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        samples: int,
+        greedy: bool,
+        timeout_s: float,
     ) -> None:
         self.engines = tuple(engines)
         self._seed = seed
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._samples = samples
+        self._greedy = greedy  # a greedy response to each training prompt besides, as a baseline
         self._timeout_s = timeout_s
         self._aborted = 0
 
@@ -103,6 +140,7 @@ class Rollouts:
                 seeds=tuple(seed_of(self._seed, *key, position, prompt.id, sample) for sample in range(self._samples)),
                 temperature=self._temperature,
                 max_tokens=self._max_tokens,
+                with_greedy=self._greedy,
             )
             for position, prompt in enumerate(prompts)
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -11,10 +13,25 @@ import torch
 from torch import Tensor
 
 from rlprm.actors.group import redirect_output
+from rlprm.batch import flatten
 from rlprm.core.metrics import Max
+from rlprm.core.row_scores import RowScore, row_scores
+from rlprm.engine.checkpoints import random_state, restore_random_state
 from rlprm.engine.combine import Measured
 from rlprm.engine.distributed import join, leave, reserve
 from rlprm.records import JaggedShard, cat
+from rlprm.sources.base import Scorable
+from rlprm.sources.measure import Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSummary:
+    """What one rank's source measured while scoring, and what each of its outputs says of each row."""
+
+    measurement: Measurement | None
+    metrics: Measured
+    seconds: float
+    rows: Mapping[str, Mapping[int, RowScore]]
 
 
 class Worker:
@@ -26,6 +43,7 @@ class Worker:
         self._reference: Any = None
         self._sources: dict[str, Any] = {}
         self._supervised: Any = None
+        self._random: Any = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Where the others meet this rank: an address of its node, and a port that it holds until they have met."""
@@ -34,6 +52,7 @@ class Worker:
 
     def join(self, rank: int, world_size: int, host: str, port: int, device: str, timeout_s: float) -> None:
         join(rank, world_size, host, port, device=device, timeout_s=timeout_s)
+        self._random = random_state()
 
     def build_policy(self, factory: Callable[[], Any]) -> int:
         self._policy = factory()
@@ -42,8 +61,8 @@ class Worker:
     def build_reference(self, factory: Callable[[], Any]) -> None:
         self._reference = factory()
 
-    def build_source(self, name: str, factory: Callable[[], Any]) -> None:
-        self._sources[name] = factory()
+    def build_source(self, name: str, factory: Callable[[Any], Any]) -> None:
+        self._sources[name] = factory(self._policy)  # None where the policy is on other ranks
 
     def build_supervised(self, factory: Callable[[], Any]) -> None:
         self._supervised = factory()
@@ -60,22 +79,36 @@ class Worker:
     def reference_logprobs(self, shards: list[Any]) -> Any:
         return self._per_shard(shards, "ref", self._reference.logprobs)
 
-    def score(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> Any:
-        """Each shard's stream, and this rank's measurements."""
-        parts, joined = joined_shards(shards)
+    def score(self, shards: list[Any], old: list[Any], ref: list[Any], texts: list[Any], name: str, step: int) -> Any:
+        """Each shard's streams by output, and this rank's measurements."""
+        parts, given = scorable(shards, old, ref, texts, step)
         begin = time.perf_counter()
-        stream, measured = self._sources[name].score(joined, joined_tokens(old), joined_tokens(ref))
-        seconds = time.perf_counter() - begin
-        streams = [
-            {"rewards": rewards, "present": present}
-            for rewards, present in zip(split(stream["rewards"], parts), split(stream["present"], parts), strict=True)
+        scores = self._sources[name].score(given)
+        summary = SourceSummary(
+            measurement=scores.measurement,
+            metrics=scores.metrics,
+            seconds=time.perf_counter() - begin,
+            rows={output: row_scores(stream, given.padded) for output, stream in scores.streams.items()},
+        )
+        flat = {
+            output: {
+                field: split(flatten(getattr(stream, field), given.shard.lengths), parts)
+                for field in ("rewards", "present")
+            }
+            for output, stream in scores.streams.items()
+        }
+        values = [
+            {output: {field: pieces[index] for field, pieces in fields.items()} for output, fields in flat.items()}
+            for index in range(len(parts))
         ]
-        return [*streams, (measured, seconds)] if streams else (measured, seconds)
+        return [*values, summary] if values else summary
 
-    def learn_source(self, shards: list[Any], old: list[Any], ref: list[Any], name: str) -> Measured:
-        _, joined = joined_shards(shards)
+    def learn_source(
+        self, shards: list[Any], old: list[Any], ref: list[Any], texts: list[Any], name: str, step: int
+    ) -> Measured:
+        _, given = scorable(shards, old, ref, texts, step)
         begin = time.perf_counter()
-        measured = self._sources[name].learn(joined, joined_tokens(old), joined_tokens(ref))
+        measured = self._sources[name].learn(given)
         return measured | slowest("update_prm", begin)
 
     def credit(
@@ -84,19 +117,22 @@ class Worker:
         selected: list[Tensor],
         old: list[Any],
         ref: list[Any],
-        streams: dict[str, list[Any]],
+        streams: dict[str, tuple[list[Any], str]],
         trust: dict[str, float],
+        brake: dict[str, float],
     ) -> Any:
         """Each shard's advantages (with value targets where there is a critic), metrics, and rows for reading."""
         parts, joined = joined_shards(shards)
-        fetched = {name: ray.get(references) for name, references in streams.items()}
+        fetched = {
+            name: [part[output] for part in ray.get(references)] for name, (references, output) in streams.items()
+        }
         joined_streams = {
             name: {field: torch.cat([part[field] for part in values]) for field in ("rewards", "present")}
             for name, values in fetched.items()
         }
         begin = time.perf_counter()
         credit, measured, readable = self._policy.credit(
-            joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), joined_streams, trust
+            joined, torch.cat(selected), joined_tokens(old), joined_tokens(ref), joined_streams, trust, brake
         )
         measured |= slowest("adv", begin)
         per_field = {field: split(flat, parts) for field, flat in credit.items()}
@@ -149,14 +185,28 @@ class Worker:
     def export(self, folder: str) -> list[str]:
         return [role.export(f"{folder}/{role.name}") for role in self._savable() if role.exportable]
 
+    def clear(self) -> None:
+        """Close all roles and be as new: what the next run builds here finds nothing of this one's. The group stays."""
+        for role in self._roles():
+            role.close()
+        self._policy = self._reference = self._supervised = None
+        self._sources = {}
+        gc.collect()  # an engine and its hooks hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        restore_random_state(self._random)
+
     def close(self) -> None:
-        for role in self._savable():
+        for role in self._roles():
             role.close()
         leave()
 
     def _savable(self) -> list[Any]:
-        roles = ([self._policy] if self._policy is not None else []) + list(self._sources.values())
-        return [role for role in roles if role.stateful]
+        return [role for role in self._roles() if role.stateful]
+
+    def _roles(self) -> list[Any]:
+        return ([self._policy] if self._policy is not None else []) + list(self._sources.values())
 
     def _per_shard(self, shards: list[Any], stage: str, compute: Callable[[JaggedShard], Tensor]) -> Any:
         parts, joined = joined_shards(shards)
@@ -183,6 +233,17 @@ def joined_shards(references: list[Any]) -> tuple[list[JaggedShard], JaggedShard
     """The rank's shards, and all of them as one."""
     parts = ray.get(references)
     return parts, cat(parts)
+
+
+def scorable(
+    shards: list[Any], old: list[Any], ref: list[Any], texts: list[Any], step: int
+) -> tuple[list[JaggedShard], Scorable]:
+    """The rank's shards, and all that a source is given of them."""
+    parts, joined = joined_shards(shards)
+    policy = joined_tokens(old)
+    assert policy is not None, "the policy always computes log pi_old"
+    rows = None if all(each is None for each in texts) else tuple(text for part in ray.get(texts) for text in part)
+    return parts, Scorable(shard=joined, old=policy, ref=joined_tokens(ref), texts=rows, step=step)
 
 
 def joined_tokens(references: list[Any]) -> Tensor | None:

@@ -14,16 +14,19 @@ from torch import Tensor
 
 from rlprm.core import credit_metrics
 from rlprm.core.estimators import gae, none
-from rlprm.core.gates import open_gate, trust_gate
-from rlprm.core.normalize import check_axes, is_raw, normalize
+from rlprm.core.gates import OUTCOME, Around, open_gate, trust_gate
+from rlprm.core.moments import Moments, updated, uses_running
+from rlprm.core.normalize import RAW, check_axes, is_raw, normalize
 from rlprm.core.reduce import Identity
+from rlprm.core.remax import minus_greedy
 from rlprm.core.whiten import Whiten
 from rlprm.core.whiten import whiten as whitened
 from rlprm.errors import ConfigError
 from rlprm.records import Advantages, Shard, Stream
 from rlprm.roles import Reduce
 
-OUTCOME, KL, BASELINE = "outcome", "kl", "baseline"
+KL, BASELINE = "kl", "baseline"
+
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +36,7 @@ class StreamPlan:
     >>> from functools import partial
     >>> from rlprm.core.estimators import to_go
     >>> from rlprm.core.merge import separate
-    >>> rloo = partial(normalize, unit="response", centre="leave_one_out", scale="none", order="none", bound="none",
-    ...                eps=0.0)
+    >>> rloo = partial(RAW, unit="response", centre="leave_one_out")
     >>> StreamPlan(name="outcome", merge=separate, normalizer=rloo, estimator=partial(to_go, gamma=1.0), weight=1.0,
     ...            gate=open_gate).name
     'outcome'
@@ -48,13 +50,23 @@ class StreamPlan:
     normalizer: Callable[..., Tensor]  # (rewards, present, shard, reduce) -> rewards
     estimator: Callable[..., Tensor]  # (rewards, present, shard) -> advantages
     weight: float
-    gate: Callable[..., Tensor]  # (part, outcome_part, trust, shard) -> part
+    gate: Callable[..., Tensor]  # (part, around) -> part
 
     def __post_init__(self) -> None:
         if getattr(self.normalizer, "func", None) is normalize:
             check_axes(**self.normalizer.keywords)  # type: ignore[attr-defined]
         if self.name == KL and not is_raw(self.normalizer):
             raise ConfigError("the kl stream is never normalized (its weight is a price in nats); use normalizer raw")
+        if self.name != OUTCOME and getattr(self.normalizer, "func", self.normalizer) is minus_greedy:
+            raise ConfigError(
+                f"stream {self.name!r} is measured from a greedy response, and of that only the outcome is known; use the "
+                "normalizer greedy for the stream outcome"
+            )
+        if _baseline(self.estimator) and _centre(self.normalizer):
+            raise ConfigError(
+                f"stream {self.name!r} is centred twice: by its normalizer ({_centre(self.normalizer)}) and by its estimator's "
+                f"baseline ({_baseline(self.estimator)}); set the normalizer to raw, or the estimator's baseline to none"
+            )
         if self.name == BASELINE:
             raise ConfigError("`baseline` is the critic's own part; give the stream another name")
 
@@ -74,6 +86,7 @@ class Credit:
     advantages: Advantages
     value_targets: Float[Tensor, "B T"] | None  # without a critic there are none
     metrics: Mapping[str, float]  # equal on all ranks
+    moments: Mapping[str, Moments]  # of streams with running statistics, this batch included; for the next batch
 
 
 def credit(
@@ -84,6 +97,8 @@ def credit(
     *,
     whiten: Whiten,
     trust: Mapping[str, float],
+    brake: Mapping[str, float] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     values: Float[Tensor, "B T"] | None = None,
     critic: CriticPlan | None = None,
 ) -> Credit:
@@ -91,7 +106,8 @@ def credit(
 
     Rows that training does not accept (``shard.train`` False) take part in no statistic and get advantage 0. Merges run
     in the order of the plans, each on all streams; afterwards the streams' names must be those of the plans: a stream
-    is never summed or dropped in passing. ``trust`` holds the factor of each stream that earns trust.
+    is never summed or dropped in passing. ``trust`` holds the factor of each stream that earns trust, ``brake`` factors
+    on weights that an alarm has lowered (None: none has), ``moments`` the running statistics so far (None: none yet).
 
     With a critic (``values``: the value of the state in which ``tokens[b, t]`` was chosen), GAE is the accumulation of
     every stream, and because it is linear, ``sum_k GAE(r_k, 0) + GAE(0, V)`` is the usual GAE: the second term is a
@@ -105,10 +121,21 @@ def credit(
     if (values is None) != (critic is None):
         raise ConfigError("a critic plan needs values and values need a critic plan; found only one of the two")
     mask = shard.response_mask & shard.train[:, None]
-    merged = _merge(_trainable(streams, shard), plans, shard)
-    weighted = {plan.name: _weighted(plan, merged[plan.name], shard, reduce, critic) for plan in plans}
+    given = _trainable(streams, shard)
+    merged = _merge(given, plans, shard)
+    factors = {} if brake is None else brake
+    seen = _moments(plans, merged, shard, reduce, {} if moments is None else moments)
+    weighted = {
+        plan.name: factors.get(plan.name, 1.0)
+        * _weighted(plan, merged[plan.name], shard, reduce, critic, seen.get(plan.name))
+        for plan in plans
+    }
     parts = {
-        plan.name: plan.gate(weighted[plan.name], weighted.get(OUTCOME), trust.get(plan.name), shard) for plan in plans
+        plan.name: plan.gate(
+            weighted[plan.name],
+            Around(name=plan.name, shard=shard, parts=weighted, streams=given, trust=trust.get(plan.name)),
+        )
+        for plan in plans
     }
     value_targets = None
     if values is not None and critic is not None:
@@ -118,9 +145,10 @@ def credit(
     total = torch.stack([*parts.values()]).sum(0)
     metrics = {
         **credit_metrics.reward_metrics(merged, shard, reduce),
+        **credit_metrics.agreement_metrics(given, shard, reduce),
         **credit_metrics.advantage_metrics(parts, total, mask, reduce),
     }
-    return Credit(advantages=Advantages(total=total, parts=parts), value_targets=value_targets, metrics=metrics)
+    return Credit(advantages=Advantages(total=total, parts=parts), value_targets=value_targets, metrics=metrics, moments=seen)
 
 
 def check_plans(plans: Sequence[StreamPlan], critic: CriticPlan | None) -> None:
@@ -160,6 +188,18 @@ def kl_stream(old_logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B
     return Stream(rewards=-k1, present=shard.response_mask)
 
 
+def _centre(normalizer: Callable[..., Tensor]) -> str | None:
+    """The axis by which a normalizer centres; None where it does not."""
+    centre = getattr(normalizer, "keywords", {}).get("centre", "none")
+    return None if centre == "none" else centre
+
+
+def _baseline(estimator: Callable[..., Tensor]) -> str | None:
+    """The baseline that an estimator subtracts itself; None where it has none."""
+    baseline = getattr(estimator, "keywords", {}).get("baseline", "none")
+    return None if baseline == "none" else baseline
+
+
 def _last(shard: Shard) -> Tensor:
     position = torch.arange(shard.tokens.shape[1], device=shard.tokens.device)
     ends = torch.where(shard.response_mask, position, -1).amax(1, keepdim=True)
@@ -183,8 +223,38 @@ def _merge(streams: Mapping[str, Stream], plans: Sequence[StreamPlan], shard: Sh
     return streams
 
 
-def _weighted(plan: StreamPlan, stream: Stream, shard: Shard, reduce: Reduce, critic: CriticPlan | None) -> Tensor:
-    rewards = plan.normalizer(stream.rewards, stream.present, shard, reduce)
+def _moments(
+    plans: Sequence[StreamPlan],
+    streams: Mapping[str, Stream],
+    shard: Shard,
+    reduce: Reduce,
+    before: Mapping[str, Moments],
+) -> dict[str, Moments]:
+    """The running statistics with this batch, of the streams whose normalizer wants them."""
+    return {
+        plan.name: updated(
+            before.get(plan.name),
+            streams[plan.name].rewards,
+            streams[plan.name].present,
+            shard,
+            reduce,
+            plan.normalizer,
+        )
+        for plan in plans
+        if uses_running(plan.normalizer)
+    }
+
+
+def _weighted(
+    plan: StreamPlan,
+    stream: Stream,
+    shard: Shard,
+    reduce: Reduce,
+    critic: CriticPlan | None,
+    moments: Moments | None,
+) -> Tensor:
+    running = {} if moments is None else {"moments": moments}
+    rewards = plan.normalizer(stream.rewards, stream.present, shard, reduce, **running)
     if critic is None:
         estimate = plan.estimator(rewards, stream.present, shard)
     else:
@@ -193,45 +263,3 @@ def _weighted(plan: StreamPlan, stream: Stream, shard: Shard, reduce: Reduce, cr
     return plan.weight * torch.where(shard.train[:, None], estimate, torch.zeros_like(estimate))
 
 
-def probe(plans: Sequence[StreamPlan], critic: CriticPlan | None, *, whiten: Whiten) -> None:
-    """Run the plans on two made-up one-token responses, so that each piece checks its own settings at start-up.
-
-    Raises:
-        ConfigError: whatever a piece refuses, or :func:`check_plans`.
-    """
-    check_plans(plans, critic)
-    ones = torch.ones(2, 1)
-    yes = torch.ones(2, dtype=torch.bool)
-    shard = Shard(
-        tokens=torch.zeros(2, 1, dtype=torch.int64),
-        attention_mask=yes[:, None],
-        response_mask=yes[:, None],
-        rollout_logprobs=-ones,
-        step_index=torch.zeros(2, 1, dtype=torch.int64),
-        step_label=-torch.ones(2, 1, dtype=torch.int64),
-        outcome=torch.tensor([0.0, 1.0]),
-        outcome_present=yes,
-        group=torch.zeros(2, dtype=torch.int64),
-        version=torch.zeros(2, dtype=torch.int64),
-        truncated=~yes,
-        fresh=yes,
-        train=yes,
-        row=torch.arange(2),
-    )
-    names = {plan.name for plan in plans} | {
-        argument
-        for plan in plans
-        for key, argument in getattr(plan.merge, "keywords", {}).items()
-        if key in ("name", "into", "stream")
-    }
-    streams = {name: Stream(rewards=shard.outcome[:, None], present=yes[:, None]) for name in names}
-    credit(
-        shard,
-        streams,
-        plans,
-        Identity(),
-        whiten=whiten,
-        trust={name: 1.0 for name in names},
-        values=None if critic is None else ones,
-        critic=critic,
-    )

@@ -1,7 +1,7 @@
 """Advantage gates, and the trust that a process source has earned.
 
-A gate is a function ``(part, outcome_part, trust, shard) -> part``, applied to a stream's weighted advantages. It may
-switch credit off or scale it down, never turn it around.
+A gate is a function ``(part, around, **settings) -> part``, applied to a stream's weighted advantages. It may switch
+credit off or scale it down, never turn it around.
 """
 
 from __future__ import annotations
@@ -11,46 +11,95 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlprm.core.groups import known
+from rlprm.core.steps import spread_over_step, step_sums
 from rlprm.errors import CheckpointError, ConfigError
-from rlprm.records import Shard
+from rlprm.records import Shard, Stream
 
 Z = 1.6448536269514722  # 95 % one-sided
+OUTCOME = "outcome"
 
 
-def open_gate(
-    part: Float[Tensor, "B T"], outcome_part: Float[Tensor, "B T"] | None, trust: float | None, shard: Shard
-) -> Float[Tensor, "B T"]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What a gate may look at besides the part that it gates."""
+
+    name: str  # of the gated stream
+    shard: Shard
+    parts: Mapping[str, Float[Tensor, "B T"]]  # every stream's weighted advantages, before any gate
+    streams: Mapping[str, Stream]  # rewards as the sources gave them, before any merge
+    trust: float | None  # of the gated stream; None: nobody measures it
+
+
+def open_gate(part: Float[Tensor, "B T"], around: Around) -> Float[Tensor, "B T"]:
     """The part as it is."""
     return part
 
 
-def sign_consistent(
-    part: Float[Tensor, "B T"], outcome_part: Float[Tensor, "B T"] | None, trust: float | None, shard: Shard
-) -> Float[Tensor, "B T"]:
+def sign_consistent(part: Float[Tensor, "B T"], around: Around) -> Float[Tensor, "B T"]:
     """``part`` where its sign is that of the outcome part, else 0; an outcome part of 0 agrees with nothing.
 
     Raises:
         ConfigError: there is no stream named `outcome`.
     """
-    if outcome_part is None:
+    if OUTCOME not in around.parts:
         raise ConfigError("the sign_consistent gate compares with the stream `outcome`, and there is none; add it")
-    return torch.where(part * outcome_part.sign() > 0, part, torch.zeros_like(part))
+    return torch.where(part * around.parts[OUTCOME].sign() > 0, part, torch.zeros_like(part))
 
 
-def trust_gate(
-    part: Float[Tensor, "B T"], outcome_part: Float[Tensor, "B T"] | None, trust: float | None, shard: Shard
-) -> Float[Tensor, "B T"]:
+def trust_gate(part: Float[Tensor, "B T"], around: Around) -> Float[Tensor, "B T"]:
     """``trust * part``, with trust in [0, 1] from :class:`TrustState`.
 
     Raises:
         ConfigError: no trust is measured for the stream (only process sources earn it).
     """
-    if trust is None:
+    if around.trust is None:
         raise ConfigError("the trust gate is set on a stream whose trust nobody measures; use it on a process source")
-    return trust * part
+    return around.trust * part
+
+
+def selective(part: Float[Tensor, "B T"], around: Around, *, by: str, threshold: float) -> Float[Tensor, "B T"]:
+    """``part`` on the tokens of steps whose verdict agrees with its sign: right and A >= 0, or wrong and A < 0; else 0.
+
+    A step is right where the rewards of stream ``by`` sum to more than ``threshold``. A step without a verdict agrees
+    with nothing. Changes the mean of the part, so whitening after it may only scale (SPARK, arXiv:2512.03244: selective
+    advantage; read in notes, not in the paper).
+
+    Raises:
+        ConfigError: no stream of that name.
+    """
+    right, judged = verdicts(around, by, threshold)
+    return torch.where(judged & (right == (part >= 0)), part, torch.zeros_like(part))
+
+
+def failure_agrees(part: Float[Tensor, "B T"], around: Around, *, by: str, threshold: float) -> Float[Tensor, "B T"]:
+    """``part``, but 0 on the steps of a wrong response that were judged right: they are not to blame.
+
+    With the merge `thought_penalty` on the process stream these are the four cases of TP-GRPO (arXiv:2507.23317; read
+    in notes): right response ``r`` and ``r - r_c``, wrong response ``r`` and 0. Steps without a verdict keep the part.
+
+    Raises:
+        ConfigError: no stream of that name.
+    """
+    right, judged = verdicts(around, by, threshold)
+    wrong_response = (around.shard.outcome_present & (around.shard.outcome < 1))[:, None]
+    return torch.where(judged & right & wrong_response, torch.zeros_like(part), part)
+
+
+def verdicts(around: Around, by: str, threshold: float) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """For each token: was its step judged right, and was it judged at all?"""
+    if by not in around.streams:
+        raise ConfigError(
+            f"the gate of stream {around.name!r} reads the verdicts of {by!r}; there are "
+            f"{', '.join(sorted(around.streams))}: name one of them"
+        )
+    stream, index = around.streams[by], around.shard.step_index
+    rewards = spread_over_step(step_sums(known(stream.rewards, stream.present), stream.present, index), index)
+    judged = spread_over_step(step_sums(stream.present.double(), stream.present, index), index) > 0
+    return rewards > threshold, judged
 
 
 def trust_from(pair_accuracy_mean: float, count: float) -> float:

@@ -47,12 +47,20 @@ class Rendered(NamedTuple):
 
     id: str
     text: str
+    question: str
     tokens: array[int]
     gold: str
     source: str
 
     def prompt(self) -> Prompt:
-        return Prompt(id=self.id, text=self.text, tokens=tuple(self.tokens), gold=self.gold, source=self.source)
+        return Prompt(
+            id=self.id,
+            text=self.text,
+            question=self.question,
+            tokens=tuple(self.tokens),
+            gold=self.gold,
+            source=self.source,
+        )
 
 
 class Fitting(NamedTuple):
@@ -203,7 +211,7 @@ def fitting(name: str, rows: list[Row], render: Render, max_prompt_tokens: int) 
         if shortest is None or len(tokens) < shortest[0]:
             shortest = len(tokens), row.source
         if len(tokens) <= max_prompt_tokens:
-            kept.append(Rendered(f"{name}/{row.id}", text, array("I", tokens), row.gold, name))
+            kept.append(Rendered(f"{name}/{row.id}", text, row.question, array("I", tokens), row.gold, name))
     if not kept and shortest is not None:
         raise DataError(
             f"all {len(graded)} prompts of {name!r} are longer than max_prompt_tokens={max_prompt_tokens}; the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,6 +12,17 @@ from torch import Tensor
 from rlprm.batch import flat_response_mask
 from rlprm.core.packing import Layout, build_micro, micro_batches
 from rlprm.records import JaggedShard, MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """How often and in how many parts a batch is learnt from."""
+
+    epochs: int
+    mini_batches: int
+    token_budget: int
+    layout: Layout
+    seed: int
 
 
 def mini_batches(

@@ -2,64 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlprm.batch import flatten, pad, unflatten
-from rlprm.core.credit import CriticPlan, StreamPlan, credit, kl_stream, outcome_stream
-from rlprm.core.kl import kl_loss
+from rlprm.batch import chosen_rows, flat_response_mask, flat_rows, flatten, pad, unflatten
+from rlprm.core.credit import StreamPlan, credit, kl_stream, outcome_stream
+from rlprm.core.kl import TrustRegion, k1, kl_loss
 from rlprm.core.metrics import Max, Mean, Sum
 from rlprm.core.mismatch import mismatch_metrics, mismatch_weights
-from rlprm.core.packing import Layout
-from rlprm.core.policy_loss import Denominators, aggregation_weights, weighted_sum
+from rlprm.core.moments import Moments
+from rlprm.core.policy_loss import Choices, Denominators, aggregation_weights, weighted_sum
 from rlprm.core.readable import readable
-from rlprm.core.value import explained_variance, value_loss
-from rlprm.engine.batching import micros, mini_batches
+from rlprm.engine.batching import Passes, micros, mini_batches
 from rlprm.engine.combine import Measured, agreed, combined
+from rlprm.engine.critic import Critic
+from rlprm.engine.distributed import rank
 from rlprm.engine.learner import Learner, Outputs
 from rlprm.engine.weights import Digest, Group, Manifest, buckets, make_group, recorded, send
 from rlprm.records import JaggedShard, MicroBatch, Shard, Stream
 from rlprm.roles import Reduce
+
+MOMENTS = "moments.json"  # in the policy's folder of a checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """What the policy minimizes per token, before the token's share of the batch."""
 
-    surrogate: Callable[..., Any]  # (logprobs, old_logprobs, advantages) -> (loss, indicators)
+    surrogate: Callable[..., Any]  # (choices) -> (loss, indicators)
     aggregation: str
     horizon: int | None
     kl_weight: float
     kl_kind: str
     entropy_weight: float
+    trust: TrustRegion | None
     mismatch_mode: str
     mismatch_cap: float | None
     mismatch_low: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passes:
-    """How often and in how many parts a batch is learnt from."""
-
-    epochs: int
-    mini_batches: int
-    token_budget: int
-    layout: Layout
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Critic:
-    """The learned value function of PPO."""
-
-    learner: Learner
-    plan: CriticPlan
-    clip: float | None
-    passes: Passes
 
 
 class Policy:
@@ -75,17 +60,19 @@ class Policy:
         critic: Critic | None,
         *,
         plans: Sequence[StreamPlan],
+        built_in: Sequence[str],
         whiten: str,
         objective: Objective,
         passes: Passes,
         temperature: float,
         reduce: Reduce,
         tokenizer: Any,
-        readable_groups: int,
+        readable_groups: int | None,
     ) -> None:
         self._learner = learner
         self._critic = critic
         self._plans = tuple(plans)
+        self._built_in = tuple(built_in)  # `outcome` and `kl`, where the run has them
         self._whiten = whiten
         self._objective = objective
         self._passes = passes
@@ -94,6 +81,7 @@ class Policy:
         self._tokenizer = tokenizer
         self._readable_groups = readable_groups
         self._group: Group | None = None
+        self._moments: Mapping[str, Moments] = {}  # of streams with running statistics
         self._first_version = 0  # of the batch under way: before its first update every ratio must be 1
 
     @property
@@ -104,6 +92,10 @@ class Policy:
         """log pi_old per flat token: the trainer's own value before this batch's updates."""
         return self._learner.logprobs(shard, self._temperature)
 
+    def entropy(self, shard: JaggedShard) -> Tensor:
+        """Entropy of the choice of each response token, nats."""
+        return self._learner.logprobs_and_entropy(shard, self._temperature)[1]
+
     def credit(
         self,
         shard: JaggedShard,
@@ -112,19 +104,19 @@ class Policy:
         ref: Tensor | None,
         streams: Mapping[str, Mapping[str, Tensor]],
         trust: Mapping[str, float],
+        brake: Mapping[str, float],
     ) -> tuple[dict[str, Tensor], Measured, list[dict[str, Any]]]:
         """Flat advantages (and value targets), metrics, and the first rows in readable form."""
         padded = replace(pad(shard), train=selected)
-        named = {plan.name for plan in self._plans}
         made = {
             name: Stream(
                 rewards=unflatten(fields["rewards"], shard.lengths), present=unflatten(fields["present"], shard.lengths)
             )
             for name, fields in streams.items()
         }
-        if "outcome" in named:
+        if "outcome" in self._built_in:
             made["outcome"] = outcome_stream(padded)
-        if "kl" in named:
+        if "kl" in self._built_in:
             assert ref is not None, "the configuration check demands a reference where there is a kl stream"
             made["kl"] = kl_stream(unflatten(old, shard.lengths), unflatten(ref, shard.lengths), padded)
         values = None if self._critic is None else self._critic.learner.values(shard)
@@ -135,9 +127,12 @@ class Policy:
             self._reduce,
             whiten=self._whiten,
             trust=trust,
+            brake=brake,
+            moments=self._moments,
             values=None if values is None else unflatten(values, shard.lengths),
             critic=None if self._critic is None else self._critic.plan,
         )
+        self._moments = result.moments
         flat = {"advantages": flatten(result.advantages.total, shard.lengths)}
         if values is not None and result.value_targets is not None:
             flat |= {"values": values, "value_targets": flatten(result.value_targets, shard.lengths)}
@@ -162,7 +157,8 @@ class Policy:
         """All optimizer steps on this batch."""
         measured = agreed()
         if self._critic is not None:
-            measured |= self._learn_critic(self._critic, shard, selected, credit, num_groups)
+            rows = self._parts(self._critic.passes, shard, selected, num_groups)
+            measured |= self._critic.learn(rows, shard, selected, credit, self._reduce)
         self._first_version = first = self._learner.steps
         updates = [
             update
@@ -201,7 +197,8 @@ class Policy:
         if self._objective.kl_weight > 0:
             assert ref is not None, "the configuration check demands a reference where there is a KL loss"
             fields["ref_logprobs"] = ref
-        return self._learner.update(
+        moved, factor = self._moved(shard, rows, old, denominators)
+        updated = self._learner.update(
             micros(
                 shard,
                 rows,
@@ -210,10 +207,29 @@ class Policy:
                 token_budget=self._passes.token_budget,
                 layout=self._passes.layout,
             ),
-            partial(self._loss, denominators),
+            partial(self._loss, denominators, factor),
             temperature=self._temperature,
             entropy=True,
         )
+        if self._objective.trust is None:
+            return updated
+        return {**updated, "trust_region_kl": moved, "trust_region_factor": factor}
+
+    def _moved(
+        self, shard: JaggedShard, rows: Tensor, old: Tensor, denominators: Denominators
+    ) -> tuple[float, float]:
+        """KL(pi_old || pi) on the step's tokens of all ranks, and the factor that the trust region gives it.
+
+        The factor must be known before the first micro-batch, hence a pass of its own; before the batch's first update
+        pi is pi_old and none is needed.
+        """
+        if self._objective.trust is None or self._learner.steps == self._first_version:
+            return 0.0, 0.0
+        part = chosen_rows(shard, rows)
+        new = self._learner.logprobs(part, self._temperature)
+        gap = k1(old[flat_rows(shard.lengths, rows)] - new)[flat_response_mask(part)]
+        kl = float(self._reduce.sum(gap.double().sum())) / denominators.tokens
+        return kl, self._objective.trust.factor(kl)
 
     def _importance(self, shard: JaggedShard, old: Tensor) -> Tensor:
         padded = pad(shard)
@@ -227,8 +243,11 @@ class Policy:
         )
         return flatten(weights, shard.lengths)
 
-    def _loss(self, denominators: Denominators, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
-        """``sum_t share_t * (importance_t * surrogate_t + kl_weight * kl_t - entropy_weight * H_t)``."""
+    def _loss(
+        self, denominators: Denominators, factor: float, micro: MicroBatch, outputs: Outputs
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """``sum_t share_t * (importance_t * surrogate_t + kl_weight * kl_t - entropy_weight * H_t)``, and the trust
+        region's ``factor * mean_t (log pi_old - log pi)``, a mean over tokens in every aggregation."""
         objective, fields, mask = self._objective, micro.token_fields, micro.response_mask
         assert outputs.logprobs is not None
         assert outputs.entropy is not None
@@ -240,9 +259,15 @@ class Policy:
             denominators=denominators,
             horizon=objective.horizon,
         )
-        surrogate, indicators = objective.surrogate(
-            outputs.logprobs, fields["old_logprobs"], fields["advantages"], mask
+        choices = Choices(
+            logprobs=outputs.logprobs,
+            old_logprobs=fields["old_logprobs"],
+            advantages=fields["advantages"],
+            response_mask=mask,
+            sequence=micro.sequence,
+            num_sequences=micro.num_sequences,
         )
+        surrogate, indicators = objective.surrogate(choices)
         per_token = fields["importance"] * surrogate
         metrics: dict[str, Any] = {
             "pg_loss": Sum(float((share * per_token.detach())[mask].sum())),
@@ -258,38 +283,19 @@ class Policy:
             metrics["kl_loss"] = Sum(float((share * divergence.detach())[mask].sum()))
         if objective.entropy_weight > 0:
             per_token = per_token - objective.entropy_weight * outputs.entropy
-        return weighted_sum(per_token, share), metrics
-
-    def _learn_critic(
-        self, critic: Critic, shard: JaggedShard, selected: Tensor, credit: Mapping[str, Tensor], num_groups: int
-    ) -> Measured:
-        updates = []
-        for rows in self._parts(critic.passes, shard, selected, num_groups):
-            denominators = Denominators.count((shard.lengths - shard.prompt_lengths)[rows], self._reduce)
-            if denominators.tokens == 0:
-                continue
-            prepared = micros(
-                shard,
-                rows,
-                token_fields={name: credit[name] for name in ("values", "value_targets")},
-                sequence_fields={},
-                token_budget=critic.passes.token_budget,
-                layout=critic.passes.layout,
-            )
-            updates.append(critic.learner.update(prepared, partial(critic_loss, critic.clip, denominators)))
-        padded = pad(shard)
-        explained = explained_variance(
-            unflatten(credit["values"], shard.lengths),
-            unflatten(credit["value_targets"], shard.lengths),
-            padded.response_mask & selected[:, None],
-            self._reduce,
-        )
-        measured = combined(updates, prefix="critic/")
-        return measured if explained is None else measured | agreed(**{"critic/vf_explained_var": explained})
+        total = weighted_sum(per_token, share)
+        if factor > 0:
+            own = choices.masked()
+            total = total + factor * (own.old_logprobs - own.logprobs).sum() / denominators.tokens
+        return total, metrics
 
     def _read(self, shard: Shard, streams: Mapping[str, Stream], advantages: Any) -> list[dict[str, Any]]:
-        trained = shard.group[shard.train].unique()[: self._readable_groups]
-        rows = [row for row in range(len(shard)) if bool((shard.group[row] == trained).any())]
+        if self._readable_groups is None:
+            rows = list(range(len(shard)))
+        else:  # a look at the first groups that train
+            count = self._readable_groups if rank() == 0 else 0
+            trained = shard.group[shard.train].unique()[:count]
+            rows = [row for row in range(len(shard)) if bool((shard.group[row] == trained).any())]
         return readable(shard, streams, advantages, rows, lambda tokens: self._tokenizer.decode(list(tokens)))
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -320,11 +326,16 @@ class Policy:
 
     def save(self, folder: str) -> None:
         self._learner.save(folder)
+        if rank() == 0:
+            saved = {name: moments.to_dict() for name, moments in self._moments.items()}
+            (Path(folder) / MOMENTS).write_text(json.dumps(saved), encoding="utf-8")
         if self._critic is not None:
             self._critic.learner.save(f"{folder}_critic")
 
     def load(self, folder: str) -> None:
         self._learner.load(folder)
+        saved = json.loads((Path(folder) / MOMENTS).read_text(encoding="utf-8"))
+        self._moments = {name: Moments.from_dict(each) for name, each in saved.items()}
         if self._critic is not None:
             self._critic.learner.load(f"{folder}_critic")
 
@@ -337,14 +348,3 @@ class Policy:
         self._learner.close()
         if self._critic is not None:
             self._critic.learner.close()
-
-
-def critic_loss(
-    clip: float | None, denominators: Denominators, micro: MicroBatch, outputs: Outputs
-) -> tuple[Tensor, dict[str, Any]]:
-    """The mean value loss per response token of the optimizer step."""
-    fields, mask = micro.token_fields, micro.response_mask
-    assert outputs.values is not None
-    each, clipped = value_loss(outputs.values, fields["values"], fields["value_targets"], mask, clip=clip)
-    metrics = {"vf_loss": Sum(float(each.detach().sum()) / denominators.tokens), "vf_clipfrac": Mean.of(clipped[mask])}
-    return each.sum() / denominators.tokens, metrics

@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
     with ExitStack() as stack:
         logs = stack.enter_context(scratch_logs("evaluate"))
         with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=False))
+            stack.enter_context(build.ray_cluster(config.placement, learners=False, own_engines=0))
         started = build.sampling(
             model=config.model,
             data=config.data,
@@ -58,8 +58,10 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
             temperature=1.0,  # of training requests, of which there are none here
             max_tokens=config.max_response_tokens,
             samples=config.samples,
+            greedy=False,
             needs_steps=False,
             logs=logs,
+            own={},
         )
         stack.callback(lambda: build.stop(started, ()))
         build.ready(started, config.placement, progress, logs)

@@ -59,9 +59,9 @@ def export(run: Path, output: Path, progress: Progress) -> Exported:
     with ExitStack() as stack:
         logs = stack.enter_context(scratch_logs("export"))
         with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=True))
+            stack.enter_context(build.ray_cluster(config.placement, learners=True, own_engines=0))
         with progress.stage("start learners"):
-            learning = build.learning(config, logs=logs)
+            learning = build.learning(config, None, logs=logs)
         stack.callback(lambda: [ray.kill(worker) for group in learning.groups for worker in group.workers])
         with progress.stage(f"export step {step}"):
             for group in learning.groups:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from rlprm.batch import Row
+from rlprm.core.gates import Around
+from rlprm.core.groups import known
+from rlprm.core.policy_loss import Choices
 from rlprm.core.reduce import Identity
-from rlprm.core.steps import step_indices
+from rlprm.core.row_scores import of_steps
+from rlprm.core.steps import step_indices, to_step_ends
 from rlprm.errors import ConfigError
 from rlprm.records import Shard, Stream
 from rlprm.roles import Prompt, Rollout, Verdict, Verified
@@ -83,7 +87,7 @@ def check_estimator(estimator: Callable[..., Tensor]) -> None:
     def run(given: Sample) -> Tensor:
         return estimator(given.rewards, given.present, given.shard)
 
-    given = sample()
+    given = fitting(estimator)
     found = run(given)
     assert found.shape == given.rewards.shape
     assert found.dtype == given.rewards.dtype
@@ -93,16 +97,34 @@ def check_estimator(estimator: Callable[..., Tensor]) -> None:
         assert torch.equal(run(given.filled(garbage)), found)
     assert torch.all(run(nothing_present()) == 0)
     close(run(given.widened(2)), torch.nn.functional.pad(found, (0, 2)))
+    assert bool(found.abs().sum() > 0)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(4))
+    close(run(given.select(order)), found[order])
+    for group in given.shard.group.unique():  # a group knows nothing of the others
+        rows = (given.shard.group == group).nonzero()[:, 0]
+        close(run(given.select(rows)), found[rows])
+    if "baseline" in getattr(estimator, "keywords", {}):
+        return  # it compares the group's responses and weighs rewards against each other, and says so
     for row in range(len(found)):
         alone = run(given.select(torch.tensor([row])))
         close(alone, found[row : row + 1])  # accumulation only: rows know nothing of each other
     close(run(replace(given, rewards=-2.5 * given.rewards)), -2.5 * found)  # linear: no centring, no scaling
     other = replace(given, rewards=given.rewards.roll(1, 0).nan_to_num(0.3))
     close(run(replace(given, rewards=given.rewards + other.rewards)), found + run(other))
-    assert bool(found.abs().sum() > 0)
 
 
-# -- gates: (part, outcome_part, trust, shard) -> part ---------------------------------------------------------------
+def fitting(estimator: Callable[..., Tensor]) -> Sample:
+    """Rewards of tokens; of steps where the estimator refuses those in words."""
+    given = sample()
+    try:
+        estimator(given.rewards, given.present, given.shard)
+    except ConfigError:
+        sums, present = to_step_ends(given.rewards, given.present, given.shard.step_index)
+        return replace(given, rewards=torch.where(present, sums, torch.nan), present=present)
+    return given
+
+
+# -- gates: (part, around) -> part -----------------------------------------------------------------------------------
 
 
 def check_gate(gate: Callable[..., Tensor]) -> None:
@@ -110,22 +132,29 @@ def check_gate(gate: Callable[..., Tensor]) -> None:
     mask = given.shard.response_mask
     part = torch.where(mask, given.rewards, 0.0)
     outcome = torch.where(mask, given.rewards.roll(1, 0).nan_to_num(0.0), 0.0)
+
+    def around(trust: float | None, outcome_part: Tensor | None, order: Tensor | None = None) -> Around:
+        rows = torch.arange(len(part)) if order is None else order
+        parts = {"process": part[rows]} | ({} if outcome_part is None else {"outcome": outcome_part[rows]})
+        streams = {"process": Stream(rewards=given.rewards[rows], present=given.present[rows])}
+        return Around(name="process", shard=given.shard.select(rows), parts=parts, streams=streams, trust=trust)
+
     for trust in (0.0, 0.3, 1.0):
-        found = gate(part, outcome, trust, given.shard)
+        found = gate(part, around(trust, outcome))
         assert found.shape == part.shape
         assert torch.all(found[~mask] == 0)
         assert torch.all(found * part >= 0), "a gate turned credit around"
         assert torch.all(found.abs() <= part.abs() + 1e-7), "a gate made credit larger"
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(2))
-        close(gate(part[order], outcome[order], trust, given.shard.select(order)), found[order])
-        assert torch.all(gate(torch.zeros_like(part), outcome, trust, given.shard) == 0)
+        close(gate(part[order], around(trust, outcome, order)), found[order])
+        assert torch.all(gate(torch.zeros_like(part), around(trust, outcome)) == 0)
     # what a gate needs and does not get is refused in words, never replaced by a guess
-    for missing in ((part, None, 1.0, given.shard), (part, outcome, None, given.shard)):
+    for missing in ((1.0, None), (None, outcome)):
         try:
-            found = gate(*missing)
+            found = gate(part, around(*missing))
         except ConfigError:
             continue
-        close(found, gate(part, outcome, 1.0, given.shard))
+        close(found, gate(part, around(1.0, outcome)))
 
 
 # -- merges: (streams, shard) -> streams -----------------------------------------------------------------------------
@@ -194,7 +223,7 @@ def check_splitter(splitter: Callable[[Sequence[str]], list[int]]) -> None:
 
 
 def verified(outcome: float | None, number: int = 0) -> Verified:
-    prompt = Prompt(id="a/0", text="1+1", tokens=(1, 2), gold="2", source="a")
+    prompt = Prompt(id="a/0", text="1+1", question="1+1", tokens=(1, 2), gold="2", source="a")
     rollout = Rollout(
         prompt=prompt, sample=number, tokens=(3, 4), logprobs=(-0.1, -0.2), finish="stop", version=0, seed=number
     )
@@ -218,12 +247,12 @@ def check_keep(rule: Callable[[Sequence[Verified]], bool]) -> None:
 def row(**changes: Any) -> Row:
     given = dict(
         group=0, prompt_id="a/0", source="a", sample=0, outcome=1.0, reason="", finish="stop", prompt_length=2,
-        response_length=4, num_steps=1, version=0, fresh=True, train=True,
+        response_length=4, num_steps=1, version=0, repetition=0.0, copy=False, fresh=True, train=True,
     )  # fmt: skip
     return Row(**{**given, **changes})
 
 
-def check_select(rule: Callable[[Sequence[Row]], list[bool]]) -> None:
+def check_select(rule: Callable[..., list[bool]]) -> None:
     rows = [
         row(group=number // 2, sample=number % 2, finish=finish, train=train, outcome=outcome)
         for number, (finish, train, outcome) in enumerate(
@@ -236,24 +265,47 @@ def check_select(rule: Callable[[Sequence[Row]], list[bool]]) -> None:
             ]
         )
     ]
-    chosen = rule(rows)
+    scores = {"process": {number: of_steps([0.1 * number, -0.2]) for number in range(len(rows))}}
+    chosen = rule(rows, scores)
     assert len(chosen) == len(rows)
     assert all(isinstance(each, bool) for each in chosen)
     assert not any(each and not given.train for each, given in zip(chosen, rows, strict=True)), "a refused row trains"
     assert any(chosen)
-    assert rule(list(reversed(rows))) == list(reversed(chosen)), "the order of rows decided"
+    turned = {"process": {len(rows) - 1 - number: each for number, each in scores["process"].items()}}
+    assert rule(list(reversed(rows)), turned) == list(reversed(chosen)), "the order of rows decided"
 
 
-# -- surrogates: (logprobs, old_logprobs, advantages, response_mask) -> (loss, indicators) ---------------------------
+# -- surrogates: (choices) -> (loss, indicators) ---------------------------------------------------------------------
 
 
 def check_surrogate(surrogate: Callable[..., tuple[Tensor, Mapping[str, Tensor]]]) -> None:
     given = sample(complete=True)
     mask = given.shard.response_mask
+    rows = torch.arange(len(mask))[:, None]
     old = torch.where(mask, -given.rewards.abs(), torch.nan)
     advantages = torch.where(mask, given.rewards, torch.nan)
-    logprobs = old.nan_to_num(-3.0).clone().requires_grad_(True)
-    loss, indicators = surrogate(logprobs, old, advantages, mask)
+
+    def run(logprobs: Tensor, gain: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return surrogate(
+            Choices(
+                logprobs=logprobs,
+                old_logprobs=old,
+                advantages=gain,
+                response_mask=mask,
+                sequence=torch.where(given.shard.attention_mask, rows, -1),
+                num_sequences=len(mask),
+            )
+        )
+
+    def gradient(gain: Tensor, shift: float = 0.0) -> Tensor:
+        start = (old.nan_to_num(-3.0) + shift).requires_grad_(True)
+        run(start, gain)[0].sum().backward()
+        assert start.grad is not None
+        assert torch.all(start.grad[~mask] == 0), "NaN or credit under the mask"
+        return start.grad
+
+    logprobs = old.nan_to_num(-3.0)
+    loss, indicators = run(logprobs, advantages)
     assert loss.shape == old.shape
     assert bool(loss.isfinite().all())
     assert torch.all(loss[~mask] == 0)
@@ -262,17 +314,19 @@ def check_surrogate(surrogate: Callable[..., tuple[Tensor, Mapping[str, Tensor]]
         assert not values.requires_grad, name
         assert bool(values[mask].isfinite().all()), name
     assert torch.all(indicators["ratio"][mask] == 1), "nothing has moved: the policy is pi_old"
-    loss.sum().backward()
-    assert logprobs.grad is not None
-    assert torch.all(logprobs.grad[~mask] == 0), "NaN or credit under the mask"
-    close(logprobs.grad[mask], -advantages[mask])  # at pi_old every surrogate is the policy gradient
-    for shift in (0.05, -0.05):  # inside any clip range: the loss moves against the advantage
-        moved, _ = surrogate(logprobs.detach() + shift, old, advantages, mask)
-        assert torch.all((moved - loss.detach())[mask] * advantages[mask] * shift <= 0)
+    # At pi_old every surrogate is the policy gradient: of each token's own advantage, or, where the ratio is the
+    # sequence's, of their mean. Where they are equal within the sequence, these are the same.
+    sums = known(advantages, mask).sum(1, keepdim=True)
+    mean = torch.where(mask, sums / mask.sum(1, keepdim=True), torch.nan).to(old.dtype)
+    close(gradient(mean)[mask], -mean[mask])
+    found = gradient(advantages)[mask]
+    if not torch.allclose(found, -mean[mask], rtol=TOLERANCE, atol=TOLERANCE):
+        close(found, -advantages[mask])
+    for shift in (0.05, -0.05, 2.0, -2.0):  # with the advantage, or, where it is clipped, not at all
+        assert torch.all(gradient(mean, shift)[mask] * mean[mask] <= 0)
     for far in (80.0, -80.0):
-        away, _ = surrogate(logprobs.detach() + far, old, advantages, mask)
-        assert bool(away.isfinite().all())
-    assert torch.all(surrogate(logprobs.detach() - 1.0, old, torch.zeros_like(loss), mask)[0] == 0)
+        assert bool(run(logprobs + far, advantages)[0].isfinite().all())
+    assert torch.all(run(logprobs - 1.0, torch.zeros_like(loss))[0] == 0)
 
 
 CHECKS: Mapping[str, Callable[[Any], None]] = {

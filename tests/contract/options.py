@@ -32,8 +32,16 @@ COMPANIONS = {
     "placement/gpu8": ["rollout=vllm_gpu"],
     # where a sign says right or wrong, nothing may move zero
     "gate/sign_consistent": ["whiten=scale"],
+    "gate/selective": ["whiten=scale"],
+    "gate/failure_agrees": ["whiten=scale"],
     "merge/posterior_gate": ["whiten=scale"],
+    # one reward a step, and it is centred by the estimator itself
+    "estimator/pure_softmin": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
 }
+# Merges by which one stream takes another in, which then has no pieces of its own.
+NO_PIECES = [f"streams.process.{piece}=null" for piece in ("merge", "normalizer", "estimator", "weight", "gate")]
+TAKES_IN = {"merge/sum_into", "merge/blend", "merge/gate_by", "merge/hierarchical", "merge/sum_of"}
+COMPANIONS |= {option: NO_PIECES for option in TAKES_IN}
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
 
@@ -67,8 +75,10 @@ def defaults_of(content: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
             yield group, package or group
 
 
-def place(group: str) -> tuple[str, str]:
+def place(group: str, option: str | None = None) -> tuple[str, str]:
     """The entry that a group feeds, and where in it the option lands."""
+    if f"{group}/{option}" in TAKES_IN:
+        return "train", f"streams.outcome.{group}"
     for entry in ("train", *entries()):
         for listed, package in defaults_of(read(conf_dir() / f"{entry}.yaml")):
             if listed == group:
@@ -77,14 +87,29 @@ def place(group: str) -> tuple[str, str]:
         for listed, package in defaults_of(read(conf_dir() / "method" / f"{method}.yaml")):
             if listed == group and package.startswith("streams."):
                 return "train", f"streams.{STREAM}.{group}"
-    raise AssertionError(f"conf/{group} feeds no entry and no method: nobody can choose its options")
+    for source in of_group("source"):
+        for listed, package in defaults_of(read(conf_dir() / "source" / f"{source}.yaml")):
+            if listed == group:
+                return "train", f"streams.{STREAM}.source.{package}"
+    raise AssertionError(f"conf/{group} feeds no entry, no method and no source: nobody can choose its options")
+
+
+def carrier(group: str) -> list[str]:
+    """The source that a group of its pieces (a prompt, a loss) is tried in."""
+    package = place(group)[1]
+    if not package.startswith(f"streams.{STREAM}.source."):
+        return []
+    for source in of_group("source"):
+        if any(listed == group for listed, _ in defaults_of(read(conf_dir() / "source" / f"{source}.yaml"))):
+            return [*COMPANIONS.get(f"source/{source}", []), f"source@streams.{STREAM}.source={source}"]
+    return []
 
 
 def chosen(group: str, option: str) -> tuple[str, list[str]]:
     """(entry, overrides) of a configuration that has this option; what the option leaves open is filled in."""
-    entry, package = place(group)
+    entry, package = place(group, option)
     key = group if package == group else f"{group}@{package}"
-    overrides = [*COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{option}", []), f"{key}={option}"]
+    overrides = [*carrier(group), *COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{option}", []), f"{key}={option}"]
     overrides += [*missing(read(conf_dir() / group / f"{option}.yaml"), package)]
     return entry, overrides + required(entry, overrides)
 
@@ -125,7 +150,7 @@ def values_of(group: str, option: str) -> Mapping[str, Any]:
 def content_of(group: str, option: str) -> Any:
     """What the option says, composed and resolved."""
     node: Any = values_of(group, option)
-    package = place(group)[1]
+    package = place(group, option)[1]
     if group == "method":
         return {key: node[key] for key in ("streams", "whiten", "critic")}
     for part in package.split("."):

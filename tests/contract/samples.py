@@ -52,6 +52,8 @@ def sample(*, complete: bool = False) -> Sample:
     """Rewards on most response tokens (on all: ``complete``); NaN elsewhere. Group 9's rows are the same."""
     steps = [[position // 2 for position in range(length)] for length in LENGTHS]
     shard = shard_of(LENGTHS, OUTCOMES, groups=GROUPS, steps=steps, prompt=2, padding=1)
+    answered = shard.group != 2  # the greedy response to that prompt got no verdict
+    shard = replace(shard, greedy_outcome=(shard.group % 2).to(shard.outcome.dtype), greedy_present=answered)
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(shard.tokens.shape, generator=generator)
     present = shard.response_mask & (torch.rand(shard.tokens.shape, generator=generator) < (1.1 if complete else 0.7))

@@ -116,11 +116,11 @@ def test_other_broken_pieces_are_found():
     wrong = [
         ("estimator", lambda rewards, present, shard: known(rewards, present).float() / 2 + 0.1),
         ("estimator", lambda rewards, present, shard: rewards * 0),
-        ("gate", lambda part, outcome, trust, shard: -part),
-        ("gate", lambda part, outcome, trust, shard: 2 * part),
+        ("gate", lambda part, around: -part),
+        ("gate", lambda part, around: 2 * part),
         ("merge", lambda streams, shard: {**streams, "process": streams["outcome"]}),
         ("splitter", lambda pieces: [len(pieces) + 1]),
-        ("select", lambda rows: [True] * len(rows)),
+        ("select", lambda rows, scores: [True] * len(rows)),
     ]
     for group, piece in wrong:
         with pytest.raises((AssertionError, ValueError, IndexError)):
@@ -128,7 +128,9 @@ def test_other_broken_pieces_are_found():
     with pytest.raises(AssertionError):
         checks.check_keep(lambda group: True)
     with pytest.raises(AssertionError):
-        checks.check_surrogate(lambda new, old, gain, mask: ((new - old) * gain, {"ratio": (new - old).exp().detach()}))
+        checks.check_surrogate(lambda given: (-given.advantages * given.log_ratio.exp(), given.indicators()))
+    with pytest.raises(AssertionError):  # half the gradient
+        checks.check_surrogate(lambda given: (-given.masked().advantages * given.masked().log_ratio / 2, given.indicators()))
 
 
 # -- a user's own piece ----------------------------------------------------------------------------------------------

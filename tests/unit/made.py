@@ -10,13 +10,15 @@ from torch import Tensor
 
 from rlprm.batch import flat_response_mask, jagged
 from rlprm.core.metrics import merged
+from rlprm.core.reduce import Identity
 from rlprm.engine.learner import Learner, Outputs
 from rlprm.records import JaggedShard, MicroBatch
-from rlprm.roles import Finish, Prompt, Rollout, Verdict, Verified
+from rlprm.roles import Finish, Prompt, Rollout, RowText, Verdict, Verified
+from rlprm.sources.base import Scorable, SourceContext
 
 
 def prompt(number: int = 0, tokens: Sequence[int] = (0,)) -> Prompt:
-    return Prompt(id=f"a/{number}", text=f"question {number}", tokens=tuple(tokens), gold="7", source="a")
+    return Prompt(id=f"a/{number}", text=f"question {number}", question=f"question {number}", tokens=tuple(tokens), gold="7", source="a")
 
 
 def rollout(tokens: Sequence[int], *, of: Prompt | None = None, sample: int = 0, finish: Finish = "stop") -> Rollout:
@@ -122,3 +124,38 @@ class TableLearner(Learner):
         self.table = self.table + self._shift
         self.steps += 1
         return {**merged(found), "grad_norm": 1.0, "lr": 0.1}
+
+
+def context(name: str = "process", **changes: Any) -> SourceContext:
+    """Where a source lives that asks for nothing but what ``changes`` say."""
+    given: dict[str, Any] = {
+        "name": name,
+        "model": None,
+        "learner": None,
+        "passes": None,
+        "tokenizer": None,
+        "policy_tokenizer": None,
+        "temperature": 1.0,
+        "reduce": Identity(),
+        "device": "cpu",
+        "dtype": "float32",
+        "token_budget": 64,
+        "layout": "padded",
+        "seed": 0,
+        "max_response_tokens": 16,
+    }
+    return SourceContext(**{**given, **changes})
+
+
+def scorable(
+    given: JaggedShard,
+    *,
+    old: Tensor | None = None,
+    ref: Tensor | None = None,
+    texts: tuple[RowText, ...] | None = None,
+    step: int = 1,
+) -> Scorable:
+    """What a source is given of ``given``; log pi_old is 0 unless said otherwise."""
+    return Scorable(
+        shard=given, old=torch.zeros(len(given.tokens)) if old is None else old, ref=ref, texts=texts, step=step
+    )

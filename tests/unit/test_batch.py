@@ -139,9 +139,10 @@ def test_number_of_groups_counts_the_accepted_ones():
     def row(group: int, train: bool) -> Row:
         return Row(
             group=group, prompt_id="a/0", source="a", sample=0, outcome=None, reason="", finish="stop",
-            prompt_length=1, response_length=1, num_steps=1, version=0, fresh=True, train=train,
+            prompt_length=1, response_length=1, num_steps=1, version=0, repetition=0.0, copy=False, fresh=True,
+            train=train,
         )  # fmt: skip
 
     rows = (row(0, True), row(0, True), row(1, True), row(2, False))
-    batch = Batch(step=1, rows=rows, shards=(), members=(), selected=(True, True, True, False), counts={})
+    batch = Batch(step=1, rows=rows, shards=(), texts=(), members=(), selected=(True, True, True, False), counts={})
     assert batch.num_groups == 2

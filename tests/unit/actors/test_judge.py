@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from rlprm.actors.judge import Group, Judge, JudgedGroup, Judges, lay_out, rows_of
-from rlprm.core.steps import separator
+from rlprm.actors.judge import PROBES, Group, Judge, JudgedGroup, Judges, lay_out, rows_of
+from rlprm.core.steps import separator, whole
 from rlprm.data.keep import accuracy_band
-from rlprm.errors import ConfigError, VerifierError
-from rlprm.roles import Verdict
+from rlprm.errors import AlignmentError, ConfigError, VerifierError
+from rlprm.roles import RowText, Verdict
+from rlprm.verify import exact
+from rlprm.verify.pool import VerifierPool
 from tests.unit.made import prompt, rollout, verified
 
 TEXT = {5: "1+", 6: "1", 7: "\n", 8: "2", 9: ""}  # 9: EOS
@@ -54,7 +57,35 @@ def test_every_response_gets_its_verdict_and_steps():
     assert [each.verdict.outcome for each in group.verified] == [1.0, 0.0, None]
     assert [each.text for each in group.verified] == ["1+1\n2", "2", "\n"]
     assert group.steps == ((0, 0, 0, 1, 1), (0, 0), (0,))  # EOS belongs to the last step
+    assert [each.steps for each in group.texts] == [("1+1\n", "2"), ("2",), ("\n",)]
+    assert [each.response for each in group.texts] == ["1+1\n2", "2", "\n"]
     assert own.keeps(group)  # one of the two judged is right
+
+
+def test_answers_that_say_nothing_are_tried_on_the_last_prompts():
+    verifier = partial(exact.verify, pattern=r"answer: (.*)")
+    with VerifierPool(verifier, workers=1, timeout_s=20.0, memory_mb=512) as pool:
+        own = Judge(tokenizer=Tokenizer(), pool=pool, splitter=whole, keep=None)
+        for number in range(6):
+            of = replace(prompt(number), text=f"answer: {number}", gold="5" if number else "")
+            own.judge([rollout((8, 9), of=of), rollout((8,), of=of)])
+        said = own.canaries()
+        judged = pool.counts["judged"]
+    assert [words.partition(" (")[0] for words in said] == [
+        "the verifier paid 1 for its own prompt as the answer to a/5",
+        # this pattern does not find the bare answers of the module's canaries
+        "verifier rlprm.verify.exact.verify judged the canary gold='7', response='7' as 0.0",
+    ]
+    assert judged == 12 + 2 * PROBES + len(exact.CANARIES)
+
+
+def test_a_row_knows_what_repeats_in_it_and_whether_it_is_a_copy():
+    of = prompt(0, (1,))
+    items = [verified(tokens, 1.0, of=of) for tokens in ((5, 6) * 8, (5, 6), (5, 6))]
+    group = JudgedGroup(verified=tuple(items), steps=((0,) * 16, (0, 0), (0, 0)), texts=())
+    first, second, third = rows_of(group)
+    assert first.repetition == 1 - 2 / 9  # nine 8-grams, two distinct
+    assert (second.repetition, second.copy, third.copy) == (0.0, False, True)
 
 
 def test_group_without_verdict_is_not_kept():
@@ -70,6 +101,7 @@ def judged(*outcomes: float | None, number: int = 0, length: int = 2, reason: st
             for sample, outcome in enumerate(outcomes)
         ),
         steps=tuple(tuple(range(length)) for _ in outcomes),
+        texts=tuple(RowText(prompt=of, response="", steps=("",) * length) for _ in outcomes),
     )
 
 
@@ -102,6 +134,10 @@ class Remote:
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+
+    def options(self, *, num_returns):
+        assert num_returns == 2  # the shard and its texts
+        return self
 
     def remote(self, *arguments):
         self.calls.append(arguments)
@@ -186,3 +222,52 @@ def test_only_empty_responses_are_an_error():
     groups = [group(0, True, 0.0, 0.0, length=0), group(1, True, 0.0, 0.0, length=0)]
     with pytest.raises(ConfigError, match="every response is empty"):
         judges()[0].batch(1, [groups], wanted=2)
+
+
+# -- a greedy response besides (ReMax) -------------------------------------------------------------------------------
+
+
+def test_the_greedy_response_is_judged_and_stays_out_of_the_group():
+    own, pool = judge()
+    of = prompt(0, (1, 2))
+    greedy = replace(rollout((5, 6, 7, 8, 9), of=of), greedy=True)
+    group = own.judge([rollout((8, 9), of=of), rollout((8, 9), of=of, sample=1), greedy])
+    assert len(pool.asked) == 3
+    assert [each.verdict.outcome for each in group.verified] == [0.0, 0.0]
+    assert len(group.steps) == len(group.texts) == len(rows_of(group)) == 2
+    assert group.greedy is not None
+    assert group.greedy.verdict.outcome == 1.0
+    assert not own.keeps(group)  # two wrong answers: the greedy one decides nothing
+
+
+def test_the_shard_says_what_the_greedy_response_earned():
+    first, second, third = (
+        replace(judged(1.0, 0.0, number=number), greedy=greedy)
+        for number, greedy in enumerate([verified((5,), 1.0), verified((5,), None), None])
+    )
+    made = lay_out([first, second, third], [(0, True, True, (0, 1)), (1, True, True, (2, 3)), (2, True, True, (4, 5))])
+    assert made.greedy_outcome.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert made.greedy_present.tolist() == [True, True, False, False, False, False]
+    assert len(made) == 6
+
+
+def test_a_greedy_rollout_is_refused_as_a_row():
+    bad = replace(judged(1.0).verified[0], rollout=replace(rollout((5,)), greedy=True))
+    with pytest.raises(AlignmentError, match="greedy baseline"):
+        lay_out([replace(judged(1.0), verified=(bad,))], [(0, True, True, (0,))])
+
+
+def test_greedy_responses_are_counted_and_are_no_rows():
+    own, _ = judges(max_error_fraction=0.2)
+    said, silent = (
+        Verdict(outcome=outcome, reason=reason, seconds=0.0) for outcome, reason in ((1.0, ""), (None, "timeout after 5 s"))
+    )
+    first = replace(group(0, True, 1.0, 0.0), greedy=(said,))
+    second = replace(group(1, True, 1.0, 0.0), greedy=(silent,))
+    batch = own.batch(1, [[first, second]], wanted=2)
+    assert len(batch.rows) == 4
+    assert batch.counts["keep/rollouts_sampled"] == 6.0
+    assert batch.counts["verifier/frac_absent"] == pytest.approx(1 / 6)
+    assert batch.counts["verifier/timeouts"] == 1.0
+    with pytest.raises(VerifierError, match="1 of 6 responses got no verdict"):
+        judges()[0].batch(1, [[first, second]], wanted=2)

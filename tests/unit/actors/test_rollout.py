@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from rlprm.actors.rollout import MAX_TRIES, RolloutActor, Rollouts, seed_of
+from rlprm.actors.rollout import MAX_TRIES, RolloutActor, Rollouts, parts_of, seed_of
 from rlprm.errors import WorkerLost
 from rlprm.roles import Finish, Request, Rollout
 from tests.unit.made import prompt
@@ -34,8 +34,8 @@ def test_seeds_do_not_depend_on_the_process():
     assert seed_of(0, 1, "a") == int.from_bytes(hashlib.blake2b(b"(0, 1, 'a')", digest_size=6).digest(), "big")
 
 
-def rollouts(seed: int = 0) -> Rollouts:
-    return Rollouts([], seed=seed, temperature=0.7, max_tokens=9, samples=3, timeout_s=1.0)
+def rollouts(seed: int = 0, greedy: bool = False) -> Rollouts:
+    return Rollouts([], seed=seed, temperature=0.7, max_tokens=9, samples=3, greedy=greedy, timeout_s=1.0)
 
 
 def test_requests_carry_the_run_s_temperature_and_limits():
@@ -110,3 +110,50 @@ def test_an_aborted_group_is_sampled_again_and_counted():
 def test_an_engine_that_always_aborts_is_an_error():
     with pytest.raises(WorkerLost, match=f"the engine aborted 1 groups {MAX_TRIES} times"):
         list(actor(Engine({"a/1": MAX_TRIES})).sample(requested()))
+
+
+# -- a greedy response besides (ReMax) -------------------------------------------------------------------------------
+
+
+def greedily() -> list[tuple[int, Request]]:
+    return list(enumerate(rollouts(greedy=True).requests([prompt(0), prompt(1)], 1, 0)))
+
+
+def test_a_greedy_response_comes_last_and_changes_no_sample():
+    engine = Engine({})
+    found = list(actor(engine).sample(greedily()))
+    assert engine.asked == [["a/0", "a/0", "a/1", "a/1"]]
+    assert [found[0], found[2]] == [(0, 0), (1, 0)]
+    for (_, request), group in zip(requested(), (found[1], found[3]), strict=True):
+        assert [each.greedy for each in group] == [False, False, False, True]
+        assert tuple(each.seed for each in group[:3]) == request.seeds  # as without the baseline
+        assert {each.prompt.id for each in group} == {request.prompt.id}
+
+
+def test_the_greedy_part_is_asked_for_at_temperature_0_once():
+    sampled, greedy = parts_of(greedily()[0][1])
+    assert (sampled.temperature, len(sampled.seeds)) == (0.7, 3)
+    assert (greedy.temperature, len(greedy.seeds), greedy.with_greedy) == (0.0, 1, False)
+    assert greedy.seeds[0] not in sampled.seeds
+    assert parts_of(requested()[0][1]) == [requested()[0][1]]
+
+
+class Backwards(Engine):
+    """Finishes in the opposite order, so that greedy responses come before the samples."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Rollout]]:
+        yield from reversed(list(super().generate(requests)))
+
+
+def test_the_order_in_which_parts_finish_does_not_matter():
+    found = list(actor(Backwards({})).sample(greedily()))
+    assert [found[0], found[2]] == [(1, 0), (0, 0)]
+    assert [each.greedy for each in found[1]] == [False, False, False, True]
+
+
+def test_an_aborted_part_samples_the_whole_group_again():
+    engine = Engine({"a/0": 1})
+    found = list(actor(engine).sample(greedily()))
+    assert engine.asked == [["a/0", "a/0", "a/1", "a/1"], ["a/0", "a/0"]]
+    assert found[2] == (0, 4)
+    assert [each.greedy for each in found[3]] == [False, False, False, True]

@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from rlprm.core.credit import CriticPlan, StreamPlan, credit, kl_stream, outcome_stream, probe
+from rlprm.core.credit import CriticPlan, StreamPlan, credit, kl_stream, outcome_stream
 from rlprm.core.estimators import gae, none, to_go
 from rlprm.core.gates import open_gate, sign_consistent, trust_gate
 from rlprm.core.merge import separate, sum_into
 from rlprm.core.metrics import check_name
 from rlprm.core.normalize import RAW, normalize
+from rlprm.core.probe import probe
 from rlprm.core.reduce import Identity
 from rlprm.errors import ConfigError
 from rlprm.records import Stream
@@ -208,13 +209,17 @@ def test_critic_parts_sum_to_the_usual_gae():
     assert "adv/baseline/share" in found.metrics
 
 
+def tried(plans, critic, **sources):
+    probe(plans, critic, whiten="full", sources={"outcome": "whole", **sources}, trusted=[])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"estimator": TO_GO}, "GAE accumulates"), ({"estimator": none, "gate": sign_consistent}, "not linear")],
 )
 def test_a_critic_refuses_what_it_cannot_be_the_baseline_of(settings, message):
     with pytest.raises(ConfigError, match=message):
-        probe([plan("outcome", RAW, **settings)], CriticPlan(gamma=1.0, lam=1.0), whiten="none")
+        tried([plan("outcome", RAW, **settings)], CriticPlan(gamma=1.0, lam=1.0))
 
 
 def test_values_and_critic_come_together():
@@ -226,11 +231,15 @@ def test_values_and_critic_come_together():
 
 def test_probe_finds_bad_settings_before_anything_is_loaded():
     merge = partial(sum_into, name="process", into="outcome", weight=1.0)
-    probe([plan("outcome", RLOO, merge=merge)], None, whiten="full")
-    probe([plan("outcome", RAW, estimator=none)], CriticPlan(gamma=1.0, lam=0.95), whiten="full")
+    tried([plan("outcome", RLOO, merge=merge)], None, process="token")
+    tried([plan("outcome", RAW, estimator=none)], CriticPlan(gamma=1.0, lam=0.95))
     with pytest.raises(ConfigError, match=r"gamma is 2\.0"):
-        probe([plan("outcome", RLOO, estimator=partial(to_go, gamma=2.0))], None, whiten="full")
+        tried([plan("outcome", RLOO, estimator=partial(to_go, gamma=2.0))], None)
+    with pytest.raises(ConfigError, match="give every stream a plan"):
+        tried([plan("outcome", RLOO)], None, process="token")
     with pytest.raises(ConfigError, match="`outcome`"):
-        probe([plan("process", RAW, gate=sign_consistent)], None, whiten="full")
+        probe(
+            [plan("process", RAW, gate=sign_consistent)], None, whiten="full", sources={"process": "step"}, trusted=[]
+        )
     with pytest.raises(ConfigError, match="needs a centre"):
         plan("outcome", partial(normalize, **{**NO_AXES, "scale": "group_std", "eps": 1e-6}))

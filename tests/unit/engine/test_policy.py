@@ -11,15 +11,20 @@ import torch
 from rlprm.core.credit import CriticPlan, StreamPlan
 from rlprm.core.estimators import none, to_go
 from rlprm.core.gates import open_gate
+from rlprm.core.kl import TrustRegion
 from rlprm.core.merge import separate
-from rlprm.core.normalize import RAW, normalize
+from rlprm.core.normalize import RAW
 from rlprm.core.policy_loss import ppo_clip
+from rlprm.core.policy_loss_free import reinforce
+from rlprm.core.policy_loss_sequence import gspo
 from rlprm.core.reduce import Identity
+from rlprm.engine.batching import Passes
 from rlprm.engine.combine import global_numbers
-from rlprm.engine.policy import Critic, Objective, Passes, Policy
+from rlprm.engine.critic import Critic
+from rlprm.engine.policy import Objective, Policy
 from tests.unit.made import TableLearner, shard
 
-LOO = partial(normalize, unit="response", centre="leave_one_out", scale="none", order="none", bound="none", eps=0.0)
+LOO = partial(RAW, unit="response", centre="leave_one_out")
 
 
 def plan(name="outcome", normalizer=LOO, estimator=None, weight=1.0) -> StreamPlan:
@@ -41,6 +46,7 @@ def policy(learner, *, plans=None, critic=None, each=None, **objective) -> Polic
         "kl_weight": 0.0,
         "kl_kind": "k2",
         "entropy_weight": 0.0,
+        "trust": None,
         "mismatch_mode": "none",
         "mismatch_cap": None,
         "mismatch_low": None,
@@ -50,6 +56,7 @@ def policy(learner, *, plans=None, critic=None, each=None, **objective) -> Polic
         learner,
         critic,
         plans=plans or [plan()],
+        built_in=[each.name for each in plans or [plan()] if each.name in ("outcome", "kl")],
         whiten="none",
         objective=Objective(**settings),
         passes=each or passes(),
@@ -190,6 +197,67 @@ def test_first_ratio_is_measured_before_the_first_update_only():
     assert found["actor/ratio_max"] == pytest.approx(math.exp(1.5))  # three shifts of 0.5 before the fourth update
 
 
+def held(*, shift, token_budget=64, layout="padded", aggregation="token-mean", trust):
+    """Two updates on two rows of 2 and 1 tokens, without any advantage; after the first, log-probs move by ``shift``."""
+    learner = TableLearner([-1.0] * 3, entropy=[0.0] * 3, shift=shift)
+    each = passes(epochs=2, token_budget=token_budget, layout=layout)
+    made = policy(learner, each=each, trust=trust, surrogate=reinforce, aggregation=aggregation)
+    old = torch.tensor([0.0, -1.0, -1.0, 0.0, -1.0])
+    found = made.learn(two(), EVERY, old, None, {"advantages": torch.zeros(5)}, num_groups=1)
+    return learner, global_numbers([found])
+
+
+@pytest.mark.parametrize("split", [{}, {"token_budget": 1}, {"layout": "packed"}, {"aggregation": "seq-mean-token-mean"}])
+def test_trust_region_prices_what_the_first_update_moved(split):
+    learner, found = held(shift=-0.5, trust=TrustRegion(weight=2.0, delta=0.1), **split)
+    # before the second update KL(pi_old || pi) is 0.5 per token: 2 * (0.5 - 0.1) = 0.8 times 0.5
+    assert learner.losses == pytest.approx([0.0, 0.4])
+    assert learner.gradients[0].tolist() == pytest.approx([0.0] * 4)
+    assert learner.gradients[1].tolist() == pytest.approx([0.0, *[-0.8 / 3] * 3])  # towards the sampled tokens again
+    assert learner.calls == ["update", "logprobs", "update"]  # no pass before the first update
+    assert found["actor/trust_region_kl"] == pytest.approx(0.25)  # mean of 0 and 0.5
+    assert found["actor/trust_region_factor"] == pytest.approx(0.4)
+
+
+def test_trust_region_costs_nothing_within_delta_and_is_not_measured_without():
+    learner, found = held(shift=-0.05, trust=TrustRegion(weight=2.0, delta=0.1))
+    assert learner.losses == pytest.approx([0.0, 0.0])
+    assert found["actor/trust_region_kl"] == pytest.approx(0.025)
+    assert found["actor/trust_region_factor"] == 0.0
+    learner, found = held(shift=-0.5, trust=None)
+    assert learner.calls == ["update", "update"]
+    assert not [name for name in found if "trust" in name]
+
+
+def test_trust_region_is_measured_on_the_rows_of_the_step():
+    # rows of 1 and 3 tokens, a mini-batch each; when the second mini-batch starts the first has moved log-probs by -0.3
+    learner = TableLearner([-1.0] * 4, entropy=[0.0] * 4, shift=-0.3)
+    trust = TrustRegion(weight=1.0, delta=0.1)
+    made = policy(learner, each=passes(mini_batches=2), trust=trust, surrogate=reinforce)
+    given = shard([1, 3], [1.0, 0.0], groups=[0, 1])
+    old = torch.tensor([0.0, -1.0, 0.0, -0.7, -0.7, -0.7])
+    made.learn(given, EVERY, old, None, {"advantages": torch.zeros(6)}, num_groups=2)
+    assert learner.calls == ["update", "logprobs", "update"]
+    # short row: KL 0.3, (0.3 - 0.1) * 0.3; long row: KL 0.6, (0.6 - 0.1) * 0.6; both rows together would have 0.525
+    long = bool(learner.gradients[1][2] != 0)
+    assert learner.losses[1] == pytest.approx(0.3 if long else 0.06)
+    moved = [0.0, 0.0, *[-0.5 / 3] * 3] if long else [0.0, -0.2, 0.0, 0.0, 0.0]
+    assert learner.gradients[1].tolist() == pytest.approx(moved)
+
+
+def test_a_surrogate_sees_which_sequence_a_token_belongs_to():
+    # log ratios log 2 and 0 in the first response: its ratio is sqrt 2 for both tokens; the second response has 1
+    old = TABLE - torch.tensor([0.0, math.log(2), 0.0, 0.0, 0.0])
+    for layout in ("padded", "packed"):
+        learner, found = learnt(
+            old, each=passes(layout=layout), surrogate=partial(gspo, clip_low=0.9, clip_high=0.9),
+            aggregation="seq-mean-token-mean",
+        )  # fmt: skip
+        assert learner.losses == pytest.approx([(0 - 2) / 2])  # advantages 1, -1 cancel; -2 of the second response
+        assert found["actor/sequence_ratio"] == pytest.approx((2 * math.sqrt(2) + 1) / 3)
+        assert found["actor/ratio"] == pytest.approx(4 / 3)
+
+
 # -- credit ----------------------------------------------------------------------------------------------------------
 
 THREE = torch.tensor([True, True, True])
@@ -198,7 +266,7 @@ THREE = torch.tensor([True, True, True])
 def credited(made: Policy, selected=THREE, *, ref=None, streams=None):
     given = shard([2, 3, 1], [1.0, 0.0, 1.0])
     old = torch.tensor([0.0, -1, -1, 0, -1, -1, -1, 0, -1])
-    return made.credit(given, selected, old, ref, streams or {}, {})
+    return made.credit(given, selected, old, ref, streams or {}, {}, {})
 
 
 def test_outcome_advantages_by_hand():
@@ -248,7 +316,7 @@ def test_critic_gives_gae_advantages_and_learns_the_targets():
     given = shard([3], [1.0])
     old = torch.tensor([0.0, -1, -1, -1])
     chosen = torch.tensor([True])
-    flat, _, _ = made.credit(given, chosen, old, None, {}, {})
+    flat, _, _ = made.credit(given, chosen, old, None, {}, {}, {})
     assert flat["advantages"].tolist() == pytest.approx([0, 0.46575, 0.385, 0.3])
     assert flat["value_targets"].tolist() == pytest.approx([0, 0.96575, 0.985, 1.0])
     found = global_numbers([made.learn(given, chosen, old, None, flat, num_groups=1)])
