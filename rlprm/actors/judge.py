@@ -190,7 +190,9 @@ def lay_out(groups: Sequence[JudgedGroup], plan: Sequence[tuple[int, bool, bool,
         rows=[row for _, _, _, rows in plan for row in rows],
         fresh=[fresh for _, fresh, _ in repeated],
         train=[train for _, _, train in repeated],
-        greedy=[None if group.greedy is None else group.greedy.verdict.outcome for group in groups for _ in group.steps],
+        greedy=[
+            None if group.greedy is None else group.greedy.verdict.outcome for group in groups for _ in group.steps
+        ],
     )
 
 
@@ -263,9 +265,9 @@ class Judges:
         sizes = [sum(row.prompt_length + row.response_length for row in group.rows) for group in used]
         shards = balance(sizes, self._num_shards)
         references = [
-            self._actors[index % len(self._actors)].collate.options(num_returns=2).remote(
-                [used[group].reference for group in shard], [plans[group] for group in shard]
-            )
+            self._actors[index % len(self._actors)]
+            .collate.options(num_returns=2)
+            .remote([used[group].reference for group in shard], [plans[group] for group in shard])
             for index, shard in enumerate(shards)
         ]
         return Batch(

@@ -108,12 +108,13 @@ def keeps(part: type[BaseModel], whole: type[BaseModel], key: str) -> bool:
 
 def groups(config_dir: Path | None = None) -> dict[str, list[str]]:
     """Every configuration group and its options, as the folders list them; recipes are a group too."""
-    found = _options([config_dir] if config_dir else [])
+    found = options_in([config_dir] if config_dir else [])
     found["recipe"] = sorted(file.parent.name for file in recipes_dir().glob("*/config.yaml"))
     return dict(sorted(found.items()))
 
 
-def _options(first: Sequence[Path]) -> dict[str, list[str]]:
+def options_in(first: Sequence[Path]) -> dict[str, list[str]]:
+    """Groups and options of ``conf/`` and of the folders ``first``."""
     found: dict[str, set[str]] = {}
     for root in (*first, conf_dir()):
         for file in root.rglob("*.yaml"):
@@ -122,27 +123,37 @@ def _options(first: Sequence[Path]) -> dict[str, list[str]]:
     return {group: sorted(options) for group, options in found.items()}
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def parsed(overrides: Sequence[str]) -> list[Override]:
     """Each override by itself, so that a bad one is named.
 
     Raises:
-        ConfigError: not of Hydra's grammar, or a sweep.
+        ConfigError: not of Hydra's grammar.
     """
     parser, found = OverridesParser.create(), []
     for line in overrides:
         try:
-            override = parser.parse_override(line)
+            found.append(parser.parse_override(line))
         except HydraException as error:
             raise ConfigError(
                 f"{line!r} cannot be read ({str(error).splitlines()[0]}); expected key=value, group=option, +key=value "
                 "or ~key, with quotes around values that hold commas, brackets or braces"
             ) from None
+    return found
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """As :func:`parsed`, for one configuration.
+
+    Raises:
+        ConfigError: not of Hydra's grammar, or a sweep.
+    """
+    found = parsed(overrides)
+    for line, override in zip(overrides, found, strict=True):
         if override.is_sweep_override():
             raise ConfigError(
                 f"{line!r} gives several values; write a list as key=[1,2] and text as key=\"'1,2'\" (rlprm train runs "
-                "several seeds with --seeds)"
+                "several seeds with --seeds, rlprm ablate compares several values)"
             )
-        found.append(override)
     return found
 
 
@@ -153,7 +164,8 @@ def _recipe(override: str, name: str) -> str:
     known = groups()["recipe"]
     if value not in known:
         raise ConfigError(f"recipe {value!r} does not exist (there are: {', '.join(known)}){_nearest(value, known)}")
-    return f"+{value}@_global_={'warm_up' if name == 'sft' else 'config'}"
+    file = {"sft": "warm_up", "prm": "prm"}.get(name, "config")
+    return f"+{value}@_global_={file}"
 
 
 def flat_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -264,7 +276,7 @@ def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
         prefix = default.package or ""
         for key, _ in flat_leaves(content, prefix):
             origins[key] = f"{default.config_path}.yaml"
-    chosen = set(_options([]))
+    chosen = set(options_in([]))
     for line in arguments:
         override = OverridesParser.create().parse_override(line)
         if override.key_or_group in chosen and override.value() is not None:
@@ -281,7 +293,7 @@ def _explain(name: str, error: Exception, first: Sequence[Path], reads: Callable
     text = str(error).strip()
     if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, asked = option.groups()
-        known = _options(first).get(group, [])
+        known = options_in(first).get(group, [])
         return f"{group}={asked}: there is no such option (there are: {', '.join(known)}){_nearest(asked, known)}"
     key = re.search(r"Could not (?:override|delete)[^']*'([^'=]+)", text) or re.search(r"Key '([^']+)' is not in", text)
     if key is None:

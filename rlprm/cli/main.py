@@ -18,7 +18,10 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 # so that `rlprm judge` does not wait for torch and Ray.
 COMMANDS = {
     "train": "train a policy",
+    "ablate": "compare configurations over seeds at equal rollouts",
     "sft": "supervised fine-tuning: warm a model up",
+    "dpo": "preference optimisation on the rollouts that runs have stored",
+    "prm": "train a process reward model on labelled steps",
     "evaluate": "accuracy of a model on held-out prompts",
     "judge": "grade a file of answers with a verifier",
     "export": "write policy and PRM of a run as Hugging Face folders",

