@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlprm.core.steps import to_step_ends
+from rlprm.core.steps import last_of, to_step_ends
 from rlprm.errors import ConfigError
 from rlprm.records import Stream
 
 Granularity = Literal["token", "step", "whole"]
+LastToken = Literal["keep", "drop"]
 
 
 def implicit_rewards(
@@ -72,6 +73,20 @@ def implicit_stream(
     return Stream(rewards=summed, present=present)
 
 
+def drop_last(stream: Stream, response_mask: Bool[Tensor, "B T"]) -> Stream:
+    """The stream with reward 0 on each response's last token, which stays present: it still counts in a mean.
+
+    What verl's PRIME recipe pays by leaving out that token (EOS, as a rule); a response of one token then earns 0.
+
+    >>> row = torch.tensor([[1.0, 2.0, 4.0]])
+    >>> on = torch.tensor([[False, True, True]])
+    >>> drop_last(Stream(rewards=row, present=on), on).rewards.tolist()
+    [[1.0, 2.0, 0.0]]
+    """
+    last = last_of(response_mask, torch.where(response_mask, 0, -1))
+    return Stream(rewards=torch.where(last, torch.zeros_like(stream.rewards), stream.rewards), present=stream.present)
+
+
 def sequence_sums(
     values: Float[Tensor, "b t"], sequence: Int[Tensor, "b t"], num_sequences: int
 ) -> Float[Tensor, " n"]:
@@ -86,29 +101,10 @@ def sequence_sums(
     return values.new_zeros(num_sequences).index_add(0, sequence[real], values[real])
 
 
-def outcome_cross_entropy(
-    sequence_reward: Float[Tensor, " n"],
-    outcome: Float[Tensor, " n"],
-    present: Bool[Tensor, " n"],
-    denominator: float,
-) -> Float[Tensor, ""]:
-    """``-sum_present [l log sigma(r) + (1 - l) log(1 - sigma(r))] / denominator``, from logits.
+def steps_of(step_index: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Reasoning steps of each row, at least 1, so that a response without a token can be divided by them.
 
-    ``denominator`` is the number of present outcomes of the whole optimizer step, so the loss does not depend on how it
-    is split. Fractional outcomes are soft labels. PRIME applies the logarithm to ``sigma(r)``, which is infinite from
-    ``|r| = 17`` on in float32.
-
-    >>> on = torch.tensor([True, False])
-    >>> round(outcome_cross_entropy(torch.tensor([0.0, torch.nan]), torch.tensor([1.0, 0.0]), on, 1.0).item(), 4)
-    0.6931
-
-    Raises:
-        ConfigError: a denominator that is not positive.
+    >>> steps_of(torch.tensor([[-1, 0, 0, 1], [-1, -1, -1, -1]])).tolist()
+    [2, 1]
     """
-    if not denominator > 0:
-        raise ConfigError(f"the loss is divided by {denominator} present outcomes; skip the update when there is none")
-    logits = sequence_reward[present]
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, outcome[present].to(logits.dtype), reduction="sum"
-    )
-    return losses / denominator
+    return (step_index.amax(1) + 1).clamp_min(1)

@@ -3,42 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlprm.core.implicit import implicit_rewards, implicit_stream, outcome_cross_entropy, sequence_sums
-from rlprm.errors import ConfigError
+from rlprm.core.implicit import drop_last, implicit_rewards, implicit_stream, sequence_sums, steps_of
 
 MASK = torch.tensor([[False, True, True, True], [False, True, False, False]])
 PRM = torch.tensor([[torch.nan, -1.0, -2.0, -3.0], [torch.nan, -1.0, torch.nan, torch.nan]])
 REF = torch.tensor([[torch.nan, -2.0, -1.0, -5.0], [torch.nan, -1.5, torch.nan, torch.nan]])
 INDEX = torch.tensor([[-1, 0, 0, 1], [-1, 0, -1, -1]])
-
-
-def test_cross_entropy_of_the_worked_example():
-    # raw log-ratio sums 2, 2, 8; beta 0.05 -> r = 0.1, 0.1, 0.4; sigma 0.524979, 0.524979, 0.598688
-    # outcomes 1, 0, 1: losses 0.644397, 0.744397, 0.513015; mean 0.633936
-    rewards, outcome = 0.05 * torch.tensor([2.0, 2.0, 8.0]), torch.tensor([1.0, 0.0, 1.0])
-    everyone = torch.tensor([True, True, True])
-    assert outcome_cross_entropy(rewards, outcome, everyone, 3.0).item() == pytest.approx(0.633936, abs=1e-6)
-    for row, expected in enumerate([0.644397, 0.744397, 0.513015]):
-        alone = everyone & (torch.arange(3) == row)
-        assert outcome_cross_entropy(rewards, outcome, alone, 1.0).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_cross_entropy_of_soft_labels_and_large_rewards():
-    # label 0.25 at r = 0: log 2 whatever the label; label 1 at r = -100: 100, not infinite
-    yes = torch.tensor([True])
-    assert outcome_cross_entropy(torch.zeros(1), torch.tensor([0.25]), yes, 1.0).item() == pytest.approx(0.693147)
-    assert outcome_cross_entropy(torch.tensor([-100.0]), torch.ones(1), yes, 1.0).item() == pytest.approx(100.0)
-
-
-def test_absent_outcomes_are_not_learnt_from():
-    rewards = torch.tensor([0.0, torch.nan], requires_grad=True)
-    outcome_cross_entropy(rewards, torch.tensor([1.0, torch.nan]), torch.tensor([True, False]), 2.0).backward()
-    assert rewards.grad.tolist() == [-0.25, 0.0]  # (sigma(0) - 1) / 2
-
-
-def test_no_outcome_at_all_is_refused():
-    with pytest.raises(ConfigError, match="skip the update"):
-        outcome_cross_entropy(torch.zeros(1), torch.zeros(1), torch.tensor([False]), 0.0)
 
 
 def test_token_rewards_are_beta_times_log_ratio_and_nan_stays_masked():
@@ -73,3 +43,14 @@ def test_sums_of_packed_and_padded_sequences_agree():
     real = sequence >= 0
     assert sequence_sums(values, sequence, 2).tolist() == [3.0, 28.0]
     assert sequence_sums(values[real][None], sequence[real][None], 2).tolist() == [3.0, 28.0]
+
+
+def test_a_dropped_last_token_earns_nothing_and_stays_present():
+    stream = drop_last(implicit_stream(PRM, REF, MASK, INDEX, beta=1.0, granularity="token"), MASK)
+    assert stream.rewards.tolist() == [[0.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]  # a response of one token earns 0
+    assert stream.present.tolist() == MASK.tolist()
+
+
+def test_steps_are_counted_and_never_0():
+    assert steps_of(INDEX).tolist() == [2, 1]
+    assert steps_of(torch.tensor([[-1, -1]])).tolist() == [1]
