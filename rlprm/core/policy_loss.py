@@ -1,13 +1,14 @@
 """Policy losses per token, and the weights that turn them into one number.
 
-A loss here is a function ``(logprobs, old_logprobs, advantages, response_mask, **settings) -> (loss, indicators)`` on
-tensors of any layout. The scalar is :func:`weighted_sum` with :func:`aggregation_weights`; its denominators are those
-of the whole optimizer step, so loss and gradient do not depend on how the step is split.
+A loss here is a function ``(given: Choices, **settings) -> (loss, indicators)`` on tensors of any layout; more of them
+are in :mod:`rlprm.core.policy_loss_sequence` and :mod:`rlprm.core.policy_loss_free`. The scalar is :func:`weighted_sum`
+with :func:`aggregation_weights`; its denominators are those of the whole optimizer step, so loss and gradient do not
+depend on how the step is split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -22,56 +23,99 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 LOG_RATIO_LIMIT = 20.0  # e^20 = 5e8: beyond, float32 exponentials of bf16 noise overflow
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """The tokens of one micro-batch as a loss sees them; each sequence lies in it whole."""
+
+    logprobs: Float[Tensor, "b t"]  # log pi of the policy that learns, nats; gradients flow
+    old_logprobs: Float[Tensor, "b t"]  # log pi_old, before the batch's first update
+    advantages: Float[Tensor, "b t"]
+    response_mask: Bool[Tensor, "b t"]  # nothing is read off it
+    sequence: Int[Tensor, "b t"]  # which of the num_sequences a token belongs to; -1 on padding
+    num_sequences: int
+
+    def masked(self) -> Choices:
+        """The same with 0 off the mask: a selection before any arithmetic, so that NaN reaches no gradient either."""
+        zero = torch.zeros_like(self.logprobs)
+        logprobs, old_logprobs, advantages = (
+            torch.where(self.response_mask, each, zero) for each in (self.logprobs, self.old_logprobs, self.advantages)
+        )
+        return replace(self, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+
+    @property
+    def log_ratio(self) -> Float[Tensor, "b t"]:
+        """``log pi - log pi_old``, clamped to +-20."""
+        return (self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    def indicators(self, **told: Tensor) -> dict[str, Float[Tensor, "b t"]]:
+        """Per token, for means over response tokens: ``ratio``, ``ppo_kl`` (``log pi_old - log pi``, nats), ``told``."""
+        zero = torch.zeros_like(self.logprobs)
+        named = {"ratio": self.log_ratio.exp(), "ppo_kl": self.old_logprobs - self.logprobs, **told}
+        return {
+            name: torch.where(self.response_mask, values.detach().to(zero.dtype), zero)
+            for name, values in named.items()
+        }
+
+
+def one_choice() -> Choices:
+    """One token at which nothing has moved, for trying a loss with its settings.
+
+    >>> ppo_clip(one_choice(), clip_low=0.2, clip_high=0.2, dual_clip=None)[0].item()
+    -1.0
+    """
+    zero = torch.zeros(1, 1)
+    return Choices(
+        logprobs=zero - 1,
+        old_logprobs=zero - 1,
+        advantages=zero + 1,
+        response_mask=zero == 0,
+        sequence=zero.to(torch.int64),
+        num_sequences=1,
+    )
+
+
+def check_band(clip_low: float, clip_high: float) -> None:
+    """Refuse clip bounds that leave no band around 1.
+
+    Raises:
+        ConfigError: always with what was found.
+    """
+    if not (0 < clip_low <= 1 and clip_high > 0):
+        raise ConfigError(f"clip bounds are {clip_low}, {clip_high}; expected clip_low in (0, 1] and clip_high above 0")
+
+
 def ppo_clip(
-    logprobs: Float[Tensor, "b t"],
-    old_logprobs: Float[Tensor, "b t"],
-    advantages: Float[Tensor, "b t"],
-    response_mask: Bool[Tensor, "b t"],
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
+    given: Choices, *, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Float[Tensor, "b t"], dict[str, Float[Tensor, "b t"]]]:
     """``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)``, and for A < 0 at most ``-dual_clip A``.
 
     ``rho = exp(logprobs - old_logprobs)``, the log-ratio clamped to +-20 (PPO, arXiv:1707.06347; asymmetric bounds:
     DAPO, arXiv:2503.14476; dual clip: arXiv:1912.09729). PRIME's README writes the ratio against pi_ref; it is pi_old.
 
-    Indicators per token, for means over response tokens: ``pg_clipfrac`` (the clipped branch decides),
-    ``pg_clipfrac_lower`` (the dual clip decides), ``ppo_kl`` (``log pi_old - log pi``, nats), ``ratio``.
+    Told besides ``ratio`` and ``ppo_kl``: ``pg_clipfrac`` (the clipped branch decides) and ``pg_clipfrac_lower`` (the
+    dual clip decides).
 
-    >>> on = torch.tensor([[True]])
-    >>> loss, told = ppo_clip(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[2.0]]), on, clip_low=0.2,
-    ...                       clip_high=0.28, dual_clip=None)
+    >>> moved = replace(one_choice(), logprobs=torch.tensor([[0.0]]))  # from log-prob -1: the ratio is e
+    >>> loss, told = ppo_clip(moved, clip_low=0.2, clip_high=0.28, dual_clip=None)
     >>> round(loss.item(), 4), told["pg_clipfrac"].item()
-    (-2.56, 1.0)
+    (-1.28, 1.0)
 
     Raises:
         ConfigError: clip bounds that leave no band around 1, or a dual clip that is not above 1.
     """
-    if not (0 < clip_low <= 1 and clip_high > 0):
-        raise ConfigError(f"clip bounds are {clip_low}, {clip_high}; expected clip_low in (0, 1] and clip_high above 0")
+    check_band(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ConfigError(f"dual_clip is {dual_clip}; expected a number above 1, or null for none")
-    zero = torch.zeros_like(logprobs)
-    # Masked before any arithmetic: where() after it would still send NaN into the gradient.
-    new, old, gain = (torch.where(response_mask, each, zero) for each in (logprobs, old_logprobs, advantages))
-    log_ratio = (new - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    own = given.masked()
+    gain, ratio = own.advantages, own.log_ratio.exp()
     free, clipped = -gain * ratio, -gain * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(free, clipped)
-    lowered = torch.zeros_like(response_mask)
+    lowered = torch.zeros_like(own.response_mask)
     if dual_clip is not None:
         ceiling = -dual_clip * gain
         lowered = (gain < 0) & (loss > ceiling)
         loss = torch.where(lowered, ceiling, loss)
-    indicators = {
-        "pg_clipfrac": ((clipped > free) & response_mask).to(loss.dtype),
-        "pg_clipfrac_lower": (lowered & response_mask).to(loss.dtype),
-        "ppo_kl": (old - new).detach(),
-        "ratio": torch.where(response_mask, ratio, zero).detach(),
-    }
-    return torch.where(response_mask, loss, zero), indicators
+    return loss, own.indicators(pg_clipfrac=clipped > free, pg_clipfrac_lower=lowered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

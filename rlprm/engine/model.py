@@ -76,6 +76,17 @@ def load_value(path: str, dtype: DType, *, attention: Attention, gradient_checkp
     return model
 
 
+def load_decoder(path: str, dtype: DType, *, attention: Attention) -> nn.Module:
+    """The decoder of ``path`` without its head, by the ``model_type`` of its configuration; for frozen scoring.
+
+    Raises:
+        ConfigError: as :func:`load_causal`.
+    """
+    from transformers import AutoModel
+
+    return _load(AutoModel, path, dtype, attention, False, allow_missing=())
+
+
 def is_value_model(model: nn.Module) -> bool:
     """Does ``model`` come from :func:`load_value`?"""
     return not isinstance(getattr(model, "lm_head", None), TokenHead) and hasattr(model, "score")

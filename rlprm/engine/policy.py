@@ -215,9 +215,7 @@ class Policy:
             return updated
         return {**updated, "trust_region_kl": moved, "trust_region_factor": factor}
 
-    def _moved(
-        self, shard: JaggedShard, rows: Tensor, old: Tensor, denominators: Denominators
-    ) -> tuple[float, float]:
+    def _moved(self, shard: JaggedShard, rows: Tensor, old: Tensor, denominators: Denominators) -> tuple[float, float]:
         """KL(pi_old || pi) on the step's tokens of all ranks, and the factor that the trust region gives it.
 
         The factor must be known before the first micro-batch, hence a pass of its own; before the batch's first update

@@ -23,6 +23,30 @@ from rlprm.roles import Reduce
 Example = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response tokens, EOS included
 
 
+class Shuffled:
+    """The endless, seeded order of ``count`` examples: a fresh permutation for each pass over them.
+
+    >>> order = Shuffled(3, seed=0)
+    >>> sorted(order[place] for place in (3, 4, 5))
+    [0, 1, 2]
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self._pass = -1
+        self._order: list[int] = []
+
+    def __getitem__(self, place: int) -> int:
+        """The example at ``place``; asking in order is cheap."""
+        number, index = divmod(place, self._count)
+        if self._pass != number:
+            self._order = list(range(self._count))
+            random.Random(f"sft/{self._seed}/{number}").shuffle(self._order)
+            self._pass = number
+        return self._order[index]
+
+
 class Supervised:
     """``-mean log pi(response token)`` over seeded mini-batches; every example once per pass over the data."""
 
@@ -46,8 +70,8 @@ class Supervised:
     ) -> None:
         self._learner = learner
         self._examples = examples
+        self._order = Shuffled(len(examples), seed)
         self._batch_size = batch_size
-        self._seed = seed
         self._token_budget = token_budget
         self._layout = layout
         self._rank = rank
@@ -61,7 +85,8 @@ class Supervised:
 
     def _step(self) -> dict[str, Any]:
         first = self._learner.steps * self._batch_size
-        members = [self._example(first + offset) for offset in range(self._rank, self._batch_size, self._world_size)]
+        places = range(first + self._rank, first + self._batch_size, self._world_size)
+        members = [self._examples[self._order[place]] for place in places]
         shard = jagged_texts(members)
         denominators = Denominators.count(shard.lengths - shard.prompt_lengths, self._reduce)
         prepared = micros(
@@ -73,15 +98,6 @@ class Supervised:
             layout=self._layout,
         )
         return self._learner.update(prepared, partial(cross_entropy, denominators))
-
-    def _example(self, place: int) -> Example:
-        """Example number ``place`` of the endless, seeded order: a fresh permutation for each pass."""
-        epoch, index = divmod(place, len(self._examples))
-        if getattr(self, "_epoch", None) != epoch:
-            self._order = list(range(len(self._examples)))
-            random.Random(f"sft/{self._seed}/{epoch}").shuffle(self._order)
-            self._epoch = epoch
-        return self._examples[self._order[index]]
 
     def export(self, folder: str) -> str:
         """An ordinary Hugging Face folder."""
