@@ -337,8 +337,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> TrainConfig:
         from rlprm.checks import check_train
+        from rlprm.run.alarms import check_reach
 
         check_train(self)
+        check_reach(self)
         return self
 
 

@@ -45,5 +45,9 @@ class CheckpointError(RlprmError, RuntimeError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class AlarmRaised(RlprmError, RuntimeError):
+    """An alarm whose action is `stop` was raised: the run has ended, with metrics and checkpoint written."""
+
+
 class VerifierError(RlprmError, RuntimeError):
     """Too many verdicts failed, or a canary with a known answer was judged wrongly."""

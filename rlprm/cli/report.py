@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from rlprm.errors import ConfigError, DataError
+from rlprm.report.ablation import PLAN, REPORT, write_report
 from rlprm.report.runs import Row, read_metrics, series
 from rlprm.report.seeds import plot, table
 
@@ -51,12 +52,18 @@ class RunLog:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `rlprm report`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs, folders of runs, an ablation")
     parser.add_argument("--output", type=Path, help="folder for the table and plots of several runs (default: report)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """A summary for one run; a table and plots for several."""
+    """A summary for one run; a table and plots for several; its report again for an ablation."""
+    if len(options.runs) == 1 and (options.runs[0] / PLAN).is_file():
+        if options.output is not None:
+            raise ConfigError(f"{options.runs[0]} is an ablation, whose report lies in its folder; leave --output out")
+        write_report(options.runs[0], with_plots=True)
+        print((options.runs[0] / REPORT).read_text(encoding="utf-8"))
+        return 0
     folders = [folder for given in options.runs for folder in run_folders(given)]
     if len(folders) == 1:
         if options.output is not None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlprm.core.groups import group_count, known, lone, no_spread
+from rlprm.core.groups import TIE, group_count, known, lone, no_spread
 from rlprm.records import Shard, Stream
 from rlprm.roles import Reduce
 
@@ -66,6 +66,53 @@ def _reward(stream: Stream, shard: Shard, reduce: Reduce) -> dict[str, float]:
         "frac_zero_std": float(flat_groups / groups.clamp_min(1)),
         "frac_lone": float(lonely / responses.clamp_min(1)),
     }
+
+
+def agreement_metrics(streams: Mapping[str, Stream], shard: Shard, reduce: Reduce) -> dict[str, float]:
+    """``reward/{stream}/right_mean, wrong_mean, right_wrong_gap, corr_with_outcome``: does what is paid follow what is right?
+
+    Of each stream but `outcome` (which is the question) and `kl`: ``S_i``, the sum of response i's present rewards, over
+    trained responses that have a reward and a verdict; right means an outcome above 1/2. The correlation is Pearson's
+    between ``S_i`` and the outcome. Taken before any merge, so that it tells of the source and not of a gate on outcomes.
+    What the responses do not allow (none is right, nothing varies) is left out.
+    """
+    metrics = {}
+    for name, stream in streams.items():
+        if name not in ("outcome", "kl"):
+            metrics |= {f"reward/{name}/{key}": value for key, value in _agreement(stream, shard, reduce).items()}
+    return metrics
+
+
+def _agreement(stream: Stream, shard: Shard, reduce: Reduce) -> dict[str, float]:
+    counted = (stream.present & shard.response_mask).any(1) & shard.outcome_present & shard.train
+    earned = known(known(stream.rewards, stream.present & shard.response_mask).sum(1), counted)
+    outcome = known(shard.outcome, counted)
+    right = counted & (shard.outcome > 0.5)
+    count, num_right, total, total_right, outcomes = reduce.sum(
+        torch.stack(
+            [
+                counted.sum().double(),
+                right.sum().double(),
+                earned.sum(),
+                known(earned, right).sum(),
+                outcome.sum(),
+            ]
+        )
+    )
+    number = count.clamp_min(1)
+    x, y = known(earned - total / number, counted), known(outcome - outcomes / number, counted)
+    squares, other_squares, products = reduce.sum(torch.stack([(x**2).sum(), (y**2).sum(), (x * y).sum()]))
+    found = {}
+    if num_right > 0:
+        found["right_mean"] = float(total_right / num_right)
+    if count > num_right:
+        found["wrong_mean"] = float((total - total_right) / (count - num_right))
+    if len(found) == 2:
+        found["right_wrong_gap"] = found["right_mean"] - found["wrong_mean"]
+    # A stream of equal rewards has a variance of rounding errors, and a correlation of noise with it.
+    if squares > TIE**2 * number and other_squares > TIE**2 * number:
+        found["corr_with_outcome"] = float(products / (squares * other_squares).sqrt())
+    return found
 
 
 def advantage_metrics(

@@ -115,6 +115,20 @@ def no_spread(values: Float[Tensor, " n"], present: Bool[Tensor, " n"], group: I
     return ((highest - lowest) < TIE)[index]  # -inf - inf in a group with no present member is below TIE, too
 
 
+def group_max(
+    values: Float[Tensor, " n"], present: Bool[Tensor, " n"], group: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """The largest present value of each entry's group; -inf for a group with none.
+
+    >>> group_max(torch.tensor([1.0, 5.0, 2.0]), torch.tensor([True, True, True]), torch.tensor([7, 3, 7])).tolist()
+    [2.0, 5.0, 2.0]
+    """
+    ids, index = torch.unique(group, return_inverse=True)
+    start = torch.full((len(ids),), -torch.inf, dtype=torch.float64, device=group.device)
+    wide = torch.where(present, known(values, present), torch.full_like(start[index], -torch.inf))
+    return start.scatter_reduce(0, index, wide, "amax")[index]
+
+
 def known(values: Float[Tensor, "*shape"], present: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``values`` in float64, 0 where absent. A selection, not a product: NaN * 0 is NaN.
 

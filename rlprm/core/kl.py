@@ -6,6 +6,7 @@ gradient of the reverse KL (J. Schulman, "Approximating KL Divergence").
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -73,3 +74,23 @@ def kl_loss(
     if kind == "k2":
         return k2(d)
     return k2(d) + (k3(d) - k2(d)).detach()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustRegion:
+    """A squared hinge on KL(pi_old || pi), priced only beyond ``delta`` nats per token (DisCO, DRPO: arXiv:2510.04474).
+
+    The loss gains ``sg(factor) * KL``, whose gradient is that of ``weight / 2 * max(KL - delta, 0)^2``. KL is the mean of
+    ``log pi_old - log pi`` over all response tokens of the optimizer step: its gradient on samples of pi_old is right.
+
+    >>> region = TrustRegion(weight=1000.0, delta=1e-4)
+    >>> round(region.factor(0.0021), 6), region.factor(5e-5)
+    (2.0, 0.0)
+    """
+
+    weight: float
+    delta: float
+
+    def factor(self, kl: float) -> float:
+        """``max(weight (KL - delta), 0)``."""
+        return max(self.weight * (kl - self.delta), 0.0)

@@ -33,6 +33,36 @@ def _family(prefix: str, reduction: Reduction, lines: str) -> tuple[MetricSpec, 
     return tuple(specs)
 
 
+PRM = """
+    loss                    | nats | the PRM's loss on outcomes, global denominator           | sum
+    pairs                   | 1    | right with a wrong response to one prompt, for pair losses | global
+    shift                   | reward | what KTO's and BCO's losses measure rewards from       | global
+    grad_norm               | 1    | 2-norm of the gradient before clipping                   | global
+    lr                      | 1    | learning rate of the last update                         | global
+    updates                 | 1    | optimizer steps taken in this step of the loop           | global
+    label_mean              | 1    | their mean
+    pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
+    pair_acc_fresh_no_last  | 1    | the same without each response's last step
+    pair_acc_surprisal      | 1    | the same of the baseline log pi_ref
+    auc_fresh               | 1    | AUC of r(y) against outcomes, fresh and before learning
+    auc_fresh_no_last       | 1    | the same without each response's last step
+    auc_surprisal           | 1    | the same of the baseline log pi_ref
+    step_auc                | 1    | AUC of step rewards against exact step labels
+    step_auc_surprisal      | 1    | the same of the baseline log pi_ref
+    first_wrong_hit         | 1    | responses whose lowest step is the first wrong one
+    first_wrong_hit_surprisal | 1  | the same of the baseline log pi_ref
+    first_wrong_hit_chance  | 1    | the same of a blind guess: mean of 1 / steps
+    mixed_groups            | 1    | fresh groups with right and wrong responses
+    fresh_rows              | 1    | fresh responses measured
+    ece                     | 1    | expected calibration error of sigmoid(r(y))
+    corr_with_outcome       | 1    | correlation of r(y) with the outcome
+    kl_to_ref               | nats | mean of log pi_phi - log pi_ref on response tokens
+    log_ratio_abs           | nats | mean abs(log pi_phi - log pi_ref) summed over a response
+    trust                   | 1    | factor of the trust gate
+    frac_steps_cut          | 1    | steps behind the length limit of a discriminative PRM    | mean
+    frac_forged             | 1    | responses that hold control tokens of the PRM            | mean
+    """
+
 METRICS: tuple[MetricSpec, ...] = (
     *_family("actor/", "mean", """
         pg_loss           | 1    | aggregated policy loss, global denominators                  | sum
@@ -47,6 +77,10 @@ METRICS: tuple[MetricSpec, ...] = (
         grad_norm         | 1    | 2-norm of the whole gradient before clipping                 | global
         lr                | 1    | learning rate of the last update                             | global
         updates           | 1    | optimizer steps taken in this step of the loop               | global
+        sequence_ratio    | 1    | GSPO: mean of the sequence's geometric mean ratio, over response tokens
+        pg_damping        | 1    | SAPO: mean share of a token's gradient that the gate takes away
+        trust_region_kl   | nats | mean log pi_old - log pi before an update, over the step's updates      | global
+        trust_region_factor | 1  | price of that KL in the update's loss, over the step's updates          | global
         """),
     *_family("critic/", "mean", """
         vf_loss           | 1 | aggregated value loss, global denominators     | sum
@@ -60,6 +94,13 @@ METRICS: tuple[MetricSpec, ...] = (
         max        | tokens | longest response
         min        | tokens | shortest response
         clip_ratio | 1      | responses cut by the length limit
+        clip_ratio_right | 1 | right responses cut by the length limit, over right responses
+        """),
+    *_family("response_text/", "driver", """
+        repetition_mean  | 1 | mean of 1 - distinct / all n-grams of 8 tokens in a response
+        repetition_max   | 1 | the largest
+        repetition_right | 1 | the mean over right responses
+        copies           | 1 | responses equal to an earlier one of their group, token by token
         """),
     *_family("prompt_length/", "driver", """
         mean       | tokens | mean prompt length
@@ -70,6 +111,7 @@ METRICS: tuple[MetricSpec, ...] = (
         mean             | 1      | steps of reasoning per response
         max              | 1      | most steps in a response
         frac_single      | 1      | responses that are one step only: the splitter found nothing
+        tokens           | tokens | response tokens per step, over all responses
         """),
     *_family("", "driver", """
         timing_s/{stage}                 | s   | wall time of the stage in this step
@@ -114,6 +156,10 @@ METRICS: tuple[MetricSpec, ...] = (
         frac_present  | 1      | responses with a reward, over trained responses
         frac_zero_std | 1      | groups whose responses all earn the same sum, over groups with a reward
         frac_lone     | 1      | responses without a sibling to be compared with, over responses with a reward
+        right_mean    | reward | mean sum of a right response's rewards, before any merge
+        wrong_mean    | reward | the same of wrong responses
+        right_wrong_gap   | reward | right_mean - wrong_mean
+        corr_with_outcome | 1  | correlation of a response's sum with its outcome, before any merge
         """),
     *_family("adv/{stream}/", "global", """
         mean     | 1 | mean over trained response tokens, after whitening
@@ -121,30 +167,25 @@ METRICS: tuple[MetricSpec, ...] = (
         std      | 1 | Bessel standard deviation
         share    | 1 | cov(part, total) / var(total); the shares of all parts sum to 1
         """),
-    *_family("prm/", "driver", """
-        loss                    | nats | cross-entropy on outcomes, global denominator            | sum
-        grad_norm               | 1    | 2-norm of the gradient before clipping                   | global
-        lr                      | 1    | learning rate of the last update                         | global
-        updates                 | 1    | optimizer steps taken in this step of the loop           | global
-        label_mean              | 1    | their mean
-        pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
-        pair_acc_fresh_no_last  | 1    | the same without each response's last step
-        pair_acc_surprisal      | 1    | the same of the baseline log pi_ref
-        auc_fresh               | 1    | AUC of r(y) against outcomes, fresh and before learning
-        auc_fresh_no_last       | 1    | the same without each response's last step
-        auc_surprisal           | 1    | the same of the baseline log pi_ref
-        step_auc                | 1    | AUC of step rewards against exact step labels
-        step_auc_surprisal      | 1    | the same of the baseline log pi_ref
-        first_wrong_hit         | 1    | responses whose lowest step is the first wrong one
-        first_wrong_hit_surprisal | 1  | the same of the baseline log pi_ref
-        first_wrong_hit_chance  | 1    | the same of a blind guess: mean of 1 / steps
-        mixed_groups            | 1    | fresh groups with right and wrong responses
-        fresh_rows              | 1    | fresh responses measured
-        ece                     | 1    | expected calibration error of sigmoid(r(y))
-        corr_with_outcome       | 1    | correlation of r(y) with the outcome
-        kl_to_ref               | nats | mean of log pi_phi - log pi_ref on response tokens
-        log_ratio_abs           | nats | mean abs(log pi_phi - log pi_ref) summed over a response
-        trust                   | 1    | factor of the trust gate
+    *_family("prm/", "driver", PRM),
+    *_family("prm/{stream}/", "driver", PRM),  # where a run has several process sources
+    *_family("prover/", "driver", """
+        rollouts    | 1      | continuations sampled by a prover                        | sum
+        tokens      | tokens | tokens of these continuations                            | sum
+        frac_absent | 1      | continuations without a verdict                          | mean
+        seconds     | s      | slowest rank's wall time for sampling and grading them   | max
+        """),
+    *_family("rule/", "driver", """
+        {stream}/frac_absent | 1 | responses on which the rule failed or ran out of time            | mean
+        {stream}/frac_held   | 1 | mean outcome of the rule, of responses on which it gave one      | mean
+        {stream}/seconds     | s | slowest rank's wall time for the rule                            | max
+        """),
+    *_family("flow/", "driver", """
+        deviation      | 1 | debiased squared velocity error, mean over judged tokens   | mean
+        frac_punished  | 1 | punished tokens, over paid ones                            | mean
+        loss           | 1 | mean squared velocity error on right responses             | sum
+        grad_norm      | 1 | 2-norm of the summed gradient                              | global
+        updates        | 1 | optimizer steps of the flow network in this step           | global
         """),
     *_family("keep/", "driver", """
         rounds             | 1 | sampling rounds of the step
@@ -152,7 +193,7 @@ METRICS: tuple[MetricSpec, ...] = (
         prompts_kept       | 1 | prompts accepted
         prompts_surplus    | 1 | accepted prompts beyond the batch, dropped
         frac_kept          | 1 | accepted over sampled prompts
-        rollouts_sampled   | 1 | responses sampled, filtered ones counted
+        rollouts_sampled   | 1 | responses sampled, filtered ones and greedy baselines counted
         dropped_low        | 1 | prompts not kept whose mean outcome is below one half
         dropped_high       | 1 | prompts not kept whose mean outcome is at least one half
         dropped_unjudged   | 1 | prompts not kept because no response got a verdict
@@ -168,6 +209,20 @@ METRICS: tuple[MetricSpec, ...] = (
         timeouts     | 1 | verdicts that ran out of time
         failures     | 1 | verdicts that failed otherwise
         frac_absent  | 1 | responses without a verdict
+        canaries_failed | 1 | answers with a known outcome that the verifier judged otherwise
+        """),
+    *_family("alarm/", "driver", """
+        brake   | 1 | factor on the weights of all process streams in the next step
+        {name}  | 1 | 1 where the alarm is raised, 0 where it is not
+        """),
+    *_family("judge/{stream}/", "mean", """
+        calls            | 1 | replies asked of the judge                                           | sum
+        seconds          | s | wall time of judging, the slowest rank                               | max
+        frac_failed      | 1 | calls without any reply: network, server, or too long to be asked
+        frac_unparsed    | 1 | replies without a verdict that can be read, over replies
+        frac_absent      | 1 | responses without any vote left, over judged responses
+        disagreement     | 1 | largest minus smallest vote, mean over entries with two votes or more
+        label_agreement  | 1 | judged steps whose verdict agrees with their exact label
         """),
     *_family("staleness/", "driver", """
         mean | optimizer steps | policy version at training minus version that sampled
@@ -181,6 +236,16 @@ METRICS: tuple[MetricSpec, ...] = (
         loss       | nats | cross-entropy per response token   | sum
         grad_norm  | 1    | 2-norm of the gradient before clipping
         lr         | 1    | learning rate
+        """),
+    *_family("dpo/", "global", """
+        loss           | nats | mean over pairs of weight times -log sigmoid(beta margin)       | sum
+        margin         | nats | log-ratio of the preferred minus that of the other              | mean
+        accuracy       | 1    | pairs whose margin is above 0, ties one half                    | mean
+        preferred_log_ratio | nats | log pi - log pi_ref summed over the preferred's scored tokens | mean
+        other_log_ratio     | nats | the same of the other                                      | mean
+        weight         | 1    | mean weight of a pair                                           | mean
+        grad_norm      | 1    | 2-norm of the gradient before clipping
+        lr             | 1    | learning rate
         """),
     *_family("data/", "driver", """
         {source}/num_rows         | 1 | rows of the data source

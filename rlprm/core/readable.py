@@ -24,6 +24,9 @@ def readable(
     Per step: its text, its exact label where known, the *sum* of each stream's rewards over its tokens (null where the
     stream says nothing), and the *mean* advantage and its parts over its tokens. ``outcome`` is null where the verifier
     failed. Tokens that belong to no step are in ``response`` and in no step.
+
+    ``tokens`` holds what the policy read and sampled, with ``logprobs`` (nats, when sampled), and each step's ``span`` the
+    first of the response's tokens and the one after the last: enough to learn from the row without tokenising it again.
     """
     return [_row(shard, streams, advantages, row, decode) for row in rows]
 
@@ -46,10 +49,16 @@ def _row(
         "response": _text(tokens, response, decode),
         "outcome": float(shard.outcome[row]) if bool(shard.outcome_present[row]) else None,
         "truncated": bool(shard.truncated[row]),
+        "train": bool(shard.train[row]),
         "reward": {name: _sum(stream, row, response) for name, stream in streams.items()},
         "steps": [
             _step(shard, streams, advantages, row, response & (index == step), decode) for step in range(num_steps)
         ],
+        "tokens": {
+            "prompt": tokens[prompt].tolist(),
+            "response": tokens[response].tolist(),
+            "logprobs": [_plain(value) for value in shard.rollout_logprobs[row][response]],
+        },
     }
 
 
@@ -65,10 +74,17 @@ def _step(
     return {
         "text": _text(shard.tokens[row], inside, decode),
         "label": None if label < 0 else label,
+        "span": _span(shard.response_mask[row], inside),
         "reward": {name: _sum(stream, row, inside) for name, stream in streams.items()},
         "advantage": _mean(advantages.total[row][inside]),
         "parts": {name: _mean(part[row][inside]) for name, part in advantages.parts.items()},
     }
+
+
+def _span(response: Bool[Tensor, " T"], inside: Bool[Tensor, " T"]) -> list[int]:
+    """Places of a step among the response's tokens; a step is never interrupted."""
+    places = inside[response].nonzero().flatten().tolist()
+    return [places[0], places[-1] + 1] if places else [0, 0]
 
 
 def _text(tokens: Int[Tensor, " T"], inside: Bool[Tensor, " T"], decode: Callable[[Sequence[int]], str]) -> str:

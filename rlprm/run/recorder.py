@@ -24,6 +24,7 @@ class Recorder:
         transfer: Any,
         prompts: Any,
         rollouts: Any,
+        alarms: Any,
         rollouts_total: float,
         tokens_total: float,
         version: float,
@@ -34,6 +35,7 @@ class Recorder:
         self._transfer = transfer
         self._prompts = prompts
         self._rollouts = rollouts
+        self._alarms = alarms
         self.rollouts_total = rollouts_total
         self.tokens_total = tokens_total
         self.version = version  # of the policy that sampled the next batch
@@ -49,6 +51,7 @@ class Recorder:
         self.rollouts_total += kept.counts["keep/rollouts_sampled"]
         metrics = {
             **lengths(kept.rows),
+            **texts(kept.rows),
             **staleness(kept.rows, self.version),
             **kept.counts,
             "keep/aborted": float(self._rollouts.take_aborted()),
@@ -65,7 +68,7 @@ class Recorder:
             **performance(kept.rows, timing["timing_s/step"]),
         }
         self.version = self._transfer.metrics["weights/version"]
-        self._held = (step, metrics)
+        self._held = (step, {**metrics, **self._alarms.check(step, metrics)})
         self._trackers.rollouts(step, readable)
         self._progress(_line(metrics))
 
@@ -99,18 +102,41 @@ def lengths(rows: Sequence[Row]) -> dict[str, float]:
     responses = [row.response_length for row in rows]
     prompts = [row.prompt_length for row in rows]
     steps = [row.num_steps for row in rows]
+    right = [row for row in rows if is_right(row)]
     return {
         "response_length/mean": sum(responses) / len(rows),
         "response_length/max": float(max(responses)),
         "response_length/min": float(min(responses)),
         "response_length/clip_ratio": sum(row.finish == "length" for row in rows) / len(rows),
+        **mean_of("response_length/clip_ratio_right", [row.finish == "length" for row in right]),
         "process_steps/mean": sum(steps) / len(rows),
         "process_steps/max": float(max(steps)),
         "process_steps/frac_single": sum(step == 1 for step in steps) / len(rows),
+        **({"process_steps/tokens": sum(responses) / sum(steps)} if any(steps) else {}),
         "prompt_length/mean": sum(prompts) / len(rows),
         "prompt_length/max": float(max(prompts)),
         "prompt_length/min": float(min(prompts)),
     }
+
+
+def texts(rows: Sequence[Row]) -> dict[str, float]:
+    """What repeats within a response, and which responses of a group are copies: signs of a reward that is gamed."""
+    return {
+        "response_text/repetition_mean": sum(row.repetition for row in rows) / len(rows),
+        "response_text/repetition_max": max(row.repetition for row in rows),
+        **mean_of("response_text/repetition_right", [row.repetition for row in rows if is_right(row)]),
+        "response_text/copies": sum(row.copy for row in rows) / len(rows),
+    }
+
+
+def mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean under its name; of nothing there is none."""
+    return {name: sum(values) / len(values)} if values else {}
+
+
+def is_right(row: Row) -> bool:
+    """The verifier gave a verdict, and it is above one half."""
+    return row.outcome is not None and row.outcome > 0.5
 
 
 def staleness(rows: Sequence[Row], version: float) -> dict[str, float]:

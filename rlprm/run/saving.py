@@ -9,6 +9,7 @@ from typing import Any
 from rlprm.actors.group import WorkerGroup
 from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource
+from rlprm.run.alarms import Alarms
 from rlprm.run.checkpoint import Checkpointer
 
 
@@ -23,6 +24,7 @@ class Checkpoints:
         prompts: PromptSource,
         sources: Any,
         recorder: Any,
+        alarms: Alarms,
         every: int,
         last_step: int,
     ) -> None:
@@ -31,13 +33,24 @@ class Checkpoints:
         self._prompts = prompts
         self._sources = sources
         self._recorder = recorder
+        self._alarms = alarms
         self._every = every
         self._last_step = last_step
 
     def save(self, step: int) -> None:
-        """Write everything that the next step depends on, if this step is due or the last."""
-        if step != self._last_step and (self._every == 0 or step % self._every):
-            return
+        """Write everything that the next step depends on, if this step is due or the last.
+
+        Raises:
+            AlarmRaised: an alarm ends the run with this step; what it has is written first, due or not.
+        """
+        if self._due(step) or self._alarms.stopping:
+            self._write(step)
+        self._alarms.stop()
+
+    def _due(self, step: int) -> bool:
+        return step == self._last_step or (self._every > 0 and step % self._every == 0)
+
+    def _write(self, step: int) -> None:
         self._recorder.flush()
         folder = self._checkpointer.begin(step)
         for group in self._groups:
@@ -51,6 +64,7 @@ class Checkpoints:
             "rollouts_total": self._recorder.rollouts_total,
             "tokens_total": self._recorder.tokens_total,
             "prompts": self._prompts.state(),
+            "alarms": self._alarms.state(),
             "trust": {name: trust.to_dict() for name, trust in self._sources.trust.items()},
         }
 
@@ -58,5 +72,7 @@ class Checkpoints:
         """Continue where ``state`` was saved."""
         self._prompts.restore(state["prompts"])
         self._sources.trust = {name: TrustState.from_dict(saved) for name, saved in state["trust"].items()}
+        if "alarms" in state:  # a checkpoint from before there were alarms has none
+            self._alarms.restore(state["alarms"])
         for group in self._groups:
             group.get(group.all(lambda worker: worker.load, str(folder)), "load")

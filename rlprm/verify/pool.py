@@ -256,13 +256,24 @@ def check_canaries(pool: VerifierPool) -> int:
     Raises:
         VerifierError: a canary got another outcome than the one it declares, or none.
     """
-    module = importlib.import_module(pool.verifier.rpartition(".")[0])
-    canaries = list(getattr(module, "CANARIES", ()))
+    failures = failed_canaries(pool)
+    if failures:
+        raise VerifierError(f"{failures[0]}. Check its options and libraries")
+    return len(_canaries(pool))
+
+
+def failed_canaries(pool: VerifierPool) -> list[str]:
+    """What the verifier says of each canary that it judges otherwise than declared, in words."""
+    canaries = _canaries(pool)
     verdicts = pool.judge_many((gold, response, "") for gold, response, _ in canaries)
-    for (gold, response, expected), verdict in zip(canaries, verdicts, strict=True):
-        if verdict.outcome != expected:
-            raise VerifierError(
-                f"verifier {pool.verifier} judged the canary gold={gold!r}, response={response!r} as "
-                f"{verdict.outcome} ({verdict.reason}); expected {expected}. Check its options and libraries"
-            )
-    return len(canaries)
+    return [
+        f"verifier {pool.verifier} judged the canary gold={gold!r}, response={response!r} as {verdict.outcome} "
+        f"({verdict.reason}); expected {expected}"
+        for (gold, response, expected), verdict in zip(canaries, verdicts, strict=True)
+        if verdict.outcome != expected
+    ]
+
+
+def _canaries(pool: VerifierPool) -> list[tuple[str, str, float]]:
+    module = importlib.import_module(pool.verifier.rpartition(".")[0])
+    return list(getattr(module, "CANARIES", ()))

@@ -25,7 +25,7 @@ MAX_REASON = 400  # characters; a reason is for people, not a channel
 
 def main(parent: int, verifier: str, kwargs: str, memory_mb: int) -> None:
     """Announce readiness, then answer one line per request line until end of file."""
-    _die_with(parent)
+    die_with(parent)
     requests, answers = _private_streams()
     # The limit also covers the import: a verifier that cannot even be loaded within it is a configuration error.
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
@@ -99,7 +99,7 @@ def _short(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask the kernel to kill this process with its parent, and leave at once if the parent is gone already."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -112,7 +112,7 @@ def unsafe(node: ast.AST) -> str | None:
 
 _METRIC = re.compile(
     r"(actor|critic|reward|adv|prm|keep|select|verifier|staleness|training|timing_s|perf|weights|alarm"
-    r"|response_length|prompt_length|process_steps|val-core|val-aux)(/[\w@.\-]+)+|sft/\w+"
+    r"|response_length|response_text|prompt_length|process_steps|val-core|val-aux)(/[\w@.\-]+)+|(sft|dpo)/\w+"
 )
 
 
@@ -149,8 +149,8 @@ def accepts(check_name: Callable[[str], object], name: str) -> bool:
     return True
 
 
-# What stands below these is a name that the user chooses: a stream, a data source, an evaluation set.
-NAMED = ("streams", "train", "evaluation")
+# What stands below these is a name that the user chooses: a stream, a data source, an evaluation set, an alarm.
+NAMED = ("streams", "train", "evaluation", "rules")
 
 
 def yaml_keys(folder: Path) -> Iterator[tuple[Path, int, str]]:

@@ -9,21 +9,29 @@ from typing import Any
 
 import yaml
 
-from rlprm.cli import evaluate, sft
+from rlprm.cli import dpo, evaluate, sft
 from rlprm.cli.compose import composed, groups
 from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
+from rlprm.config_dpo import DpoConfig
 from rlprm.paths import conf_dir, recipes_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMAS = {"train": TrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig, "judge": JudgeConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
+}
 # What each command must be told, and which keys of its configuration it reads.
 REQUIRED = {
     "train": ["model.path=somewhere"],
     "sft": ["model.path=somewhere", "output=somewhere"],
+    "dpo": ["model.path=somewhere", "output=somewhere", "runs=somewhere"],
     "evaluate": ["model.path=somewhere"],
     "judge": [],
 }
-READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads}
+READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads, "dpo": dpo.reads}
 COMPANIONS = {
     "critic": ["method=ppo"],  # a critic accumulates by GAE, so the method must leave that to it
     "rollout/vllm_gpu": ["placement=gpu8"],

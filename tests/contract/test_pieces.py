@@ -130,7 +130,9 @@ def test_other_broken_pieces_are_found():
     with pytest.raises(AssertionError):
         checks.check_surrogate(lambda given: (-given.advantages * given.log_ratio.exp(), given.indicators()))
     with pytest.raises(AssertionError):  # half the gradient
-        checks.check_surrogate(lambda given: (-given.masked().advantages * given.masked().log_ratio / 2, given.indicators()))
+        checks.check_surrogate(
+            lambda given: (-given.masked().advantages * given.masked().log_ratio / 2, given.indicators())
+        )
 
 
 # -- a user's own piece ----------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ class Transfer:
 
         pairs = [((first,), tuple(others)) for first, *others in self._probes]
         shards = (ray.put(jagged_texts(pairs[:2])), ray.put(jagged_texts(pairs[2:])))
-        batch = Batch(step=0, rows=(), shards=shards, members=(), selected=(), counts={})
+        batch = Batch(step=0, rows=(), shards=shards, texts=(), members=(), selected=(), counts={})
         return torch.cat(policy.group.get(list(policy.logprobs(batch).shards), "probes"))
 
 

@@ -39,7 +39,7 @@ PROBE = [[3, 14, 15, 92, 65, 35, 89, 79], [31, 41, 59], list(range(20, 80))]
 
 
 def request(tokens: list[int], seeds: tuple[int, ...], temperature: float = 1.0, max_tokens: int = 24) -> Request:
-    prompt = Prompt(id=f"test/{tokens[0]}", text="", tokens=tuple(tokens), gold="", source="test")
+    prompt = Prompt(id=f"test/{tokens[0]}", text="", question="", tokens=tuple(tokens), gold="", source="test")
     return Request(prompt=prompt, seeds=seeds, temperature=temperature, max_tokens=max_tokens)
 
 

@@ -65,7 +65,7 @@ def publish(sender: str, *receivers: str) -> dict[str, float]:
     actor = ray.remote(Side).options(num_cpus=0)
     first, *engines = [actor.remote(behaviour) for behaviour in (sender, *receivers)]
     policy = Policy(WorkerGroup("policy", [first], timeout_s=PATIENCE, logs="logs"))
-    rollouts = Rollouts(engines, seed=0, temperature=1.0, max_tokens=1, samples=1, timeout_s=PATIENCE)
+    rollouts = Rollouts(engines, seed=0, temperature=1.0, max_tokens=1, samples=1, greedy=False, timeout_s=PATIENCE)
     transfer = GroupTransfer(backend="gloo", bucket_bytes=64, timeout_s=PATIENCE)
     try:
         transfer.publish(policy, rollouts)

@@ -57,7 +57,7 @@ def test_a_prm_that_learns_before_scoring_pays_in_the_first_step(ray_once: None,
 def test_a_prm_that_never_learns_stays_what_it_was(ray_once: None, model: str, tmp_path: Path) -> None:
     """Also: one reward for the whole response, at its last step."""
     done = run(
-        tmp_path, model, *PRM, "streams.process.source.kind.update=never",
+        tmp_path, model, "source@streams.process.source=implicit_frozen", f"streams.process.source.model={model}",
         "streams.process.source.kind.granularity=whole",
     )  # fmt: skip
     assert moved(done.exported / "process", model) == 0
@@ -113,7 +113,6 @@ def test_oracle_credit_pays_wrong_steps_only(ray_once: None, model: str, tmp_pat
     [
         ("after", "token", "policy"), ("after", "step", "initial"), ("after", "whole", "policy"),
         ("before", "token", "initial"), ("before", "step", "initial"), ("before", "whole", "policy"),
-        ("never", "token", "policy"), ("never", "step", "initial"),
     ],
 )  # fmt: skip
 def test_other_kinds_of_implicit_prm_take_a_step(
@@ -125,11 +124,51 @@ def test_other_kinds_of_implicit_prm_take_a_step(
         f"{kind}.update={update}", f"{kind}.reference={reference}", f"{kind}.granularity={granularity}",
     )  # fmt: skip
     assert any(rewards(done, 1, "process")) == (update == "before")
-    assert (moved(done.exported / "process", model) > 1e-5) == (update != "never")
+    assert moved(done.exported / "process", model) > 1e-5
     assert moved(done.exported / "policy", model) > 1e-5
     for row in done.rollouts:
         paid = [step["reward"]["process"] is not None for step in row["steps"]]
         assert all(paid) if granularity != "whole" else (paid[-1] and not any(paid[:-1]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "ce_instance_balanced", "ce_dataset_balanced", "dpo", "dpo_detached", "dpo_bon_outcome", "dpo_bon_reward", "nca",
+        "kto_paired", "kto_unpaired", "bco",
+    ],
+)  # fmt: skip
+def test_every_loss_trains_the_prm(loss: str, ray_once: None, model: str, tmp_path: Path) -> None:
+    """In micro-batches that cannot hold a pair."""
+    done = run(
+        tmp_path, model, *PRM, f"prm_loss@streams.process.source.kind.loss={loss}",
+        "streams.process.source.learner.token_budget=1",
+    )  # fmt: skip
+    assert moved(done.exported / "process", model) > 1e-5
+    assert all(row["prm/grad_norm"] > 0 for row in done.metrics)
+
+
+@pytest.mark.long
+def test_istar_as_written_trains_its_prm_and_as_released_does_not(ray_once: None, model: str, tmp_path: Path) -> None:
+    written = run(tmp_path / "written", model, *PRM, "method=istar_as_written")
+    assert moved(written.exported / "process", model) > 1e-5
+    assert all(row["prm/grad_norm"] > 0 and row["prm/pairs"] > 0 for row in written.metrics)
+    released = run(tmp_path / "released", model, "method=istar_as_released")
+    assert moved(released.exported / "process", model) == 0
+    # its rewards are log pi_init - log pi_old: nothing at first, then whatever draws the policy back
+    assert set(rewards(released, 1, "process")) == {0.0}
+    assert any(rewards(released, 2, "process"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["prime_reinforce", "prime_grpo", "prime_ppo", "prime_value", "prime_verl_recipe"])
+def test_other_forms_of_prime_take_a_step(method: str, ray_once: None, model: str, tmp_path: Path) -> None:
+    done = run(tmp_path, model, *PRM, f"method={method}")
+    for role in ("policy", "process"):
+        assert moved(done.exported / role, model) > 1e-5
+    for row in done.rollouts:
+        assert all(step["reward"]["process"] is not None for step in row["steps"])
 
 
 @pytest.mark.long

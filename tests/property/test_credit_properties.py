@@ -118,6 +118,8 @@ def cases(draw):
         step_label=torch.full(response.shape, -1),
         outcome=torch.where(judged, integers(0, 2, count).float(), torch.nan),
         outcome_present=judged,
+        greedy_outcome=torch.zeros(count),
+        greedy_present=torch.zeros(count, dtype=torch.bool),
         group=group,
         version=torch.zeros(count, dtype=torch.int64),
         truncated=torch.zeros(count, dtype=torch.bool),

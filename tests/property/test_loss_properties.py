@@ -11,15 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlprm.core.alignment import token_entropy, token_logprobs
-from rlprm.core.implicit import implicit_rewards, outcome_cross_entropy, sequence_sums
 from rlprm.core.kl import kl_loss
 from rlprm.core.packing import build_micro, micro_batches
-from rlprm.core.policy_loss import Denominators, aggregation_weights, ppo_clip, weighted_sum
+from rlprm.core.policy_loss import Choices, Denominators, aggregation_weights, ppo_clip, weighted_sum
+from rlprm.core.policy_loss_free import cispo, reinforce, sapo
+from rlprm.core.policy_loss_sequence import gspo, gspo_token
 from rlprm.core.reduce import Identity
 from tests.property.sharding import on_ranks
 
 VOCABULARY = 7
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"]
+PPO = functools.partial(ppo_clip, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+# Bounds so wide that the random ratios of these tests lie on either side of them.
+SURROGATES = {
+    "ppo_clip": PPO,
+    "gspo": functools.partial(gspo, clip_low=0.4, clip_high=0.6),
+    "gspo_token": functools.partial(gspo_token, clip_low=0.4, clip_high=0.6),
+    "cispo": functools.partial(cispo, clip_low=0.5, clip_high=0.5),
+    "sapo": functools.partial(sapo, tau_positive=1.0, tau_negative=1.05),
+    "reinforce": reinforce,
+}
 few = settings(max_examples=15, deadline=None, derandomize=True)
 
 
@@ -50,12 +61,21 @@ def batches(draw):
     }
 
 
-def micro_loss(model, micro, mode, denominators):
+def micro_loss(model, micro, mode, denominators, surrogate=PPO):
     """A bigram model: the logits at a token depend on that token, so every shift or mix-up shows."""
     logits = model[micro.tokens]
     logprobs = token_logprobs(logits, micro.tokens, micro.sequence, 0.8)
     mask, fields = micro.response_mask, micro.token_fields
-    loss, _ = ppo_clip(logprobs, fields["old"], fields["advantages"], mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    loss, _ = surrogate(
+        Choices(
+            logprobs=logprobs,
+            old_logprobs=fields["old"],
+            advantages=fields["advantages"],
+            response_mask=mask,
+            sequence=micro.sequence,
+            num_sequences=micro.num_sequences,
+        )
+    )
     loss = loss + 0.1 * kl_loss(logprobs, fields["ref"], mask, kind="straight_through")
     loss = loss - 0.01 * torch.where(mask, token_entropy(logits, micro.sequence, 0.8), 0.0)
     horizon = 8 if mode == "seq-mean-token-sum-norm" else None
@@ -63,14 +83,6 @@ def micro_loss(model, micro, mode, denominators):
         mask, micro.sequence, micro.num_sequences, mode=mode, denominators=denominators, horizon=horizon
     )
     return weighted_sum(loss, weights)
-
-
-def prm_loss(model, micro, mode, denominators):
-    logprobs = token_logprobs(model[micro.tokens], micro.tokens, micro.sequence, 1.0)
-    rewards = implicit_rewards(logprobs, micro.token_fields["ref"], micro.response_mask, 0.5)
-    sums = sequence_sums(rewards, micro.sequence, micro.num_sequences)
-    present = sequence_sums(micro.response_mask.float(), micro.sequence, micro.num_sequences) > 0
-    return outcome_cross_entropy(sums, micro.sequence_fields["outcome"], present, denominators.sequences)
 
 
 def loss_and_gradient(batch, loss_of, mode, members, layout, denominators):
@@ -117,13 +129,46 @@ def test_policy_loss_does_not_depend_on_micro_batches_or_layout(mode, batch, bud
         close(loss_and_gradient(batch, micro_loss, mode, members, layout, denominators), expected)
 
 
+@pytest.mark.parametrize("name", SURROGATES)
 @few
-@given(batch=batches(), budget=st.integers(4, 40))
-def test_prm_loss_does_not_depend_on_micro_batches_or_layout(batch, budget):
-    denominators, expected = whole_step(batch, prm_loss, "")
+@given(batch=batches(), budget=st.integers(4, 40), most=st.integers(1, 4))
+def test_no_surrogate_depends_on_micro_batches_or_layout(name, batch, budget, most):
+    loss_of = functools.partial(micro_loss, surrogate=SURROGATES[name])
+    denominators, expected = whole_step(batch, loss_of, "seq-mean-token-mean")
     for layout in ("padded", "packed"):
-        members = micro_batches(batch["lengths"].tolist(), budget, 8, layout)
-        close(loss_and_gradient(batch, prm_loss, "", members, layout, denominators), expected)
+        members = micro_batches(batch["lengths"].tolist(), budget, most, layout)
+        close(loss_and_gradient(batch, loss_of, "seq-mean-token-mean", members, layout, denominators), expected)
+
+
+@st.composite
+def unmoved(draw):
+    """Sequences of one to six tokens at which pi is pi_old, with any advantages, in one packed row."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    total = sum(lengths)
+    old = -3 * torch.rand(1, total, generator=generator, dtype=torch.float64)
+    return Choices(
+        logprobs=old.clone().requires_grad_(),
+        old_logprobs=old,
+        advantages=torch.randn(1, total, generator=generator, dtype=torch.float64),
+        response_mask=torch.ones(1, total, dtype=torch.bool),
+        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None],
+        num_sequences=len(lengths),
+    )
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@few
+@given(choices=unmoved())
+def test_every_surrogate_is_the_policy_gradient_where_nothing_has_moved(name, choices):
+    """Per token ``-A``; gspo alone gives each token the mean advantage of its sequence. (Values differ: cispo and
+    reinforce are ``-A log pi``, sapo ``-2 A / tau``, the others ``-A``.)"""
+    SURROGATES[name](choices)[0].sum().backward()
+    gain = choices.advantages
+    if name == "gspo":
+        sums = torch.zeros(choices.num_sequences, dtype=torch.float64).index_add(0, choices.sequence[0], gain[0])
+        gain = (sums / torch.bincount(choices.sequence[0]))[choices.sequence]
+    torch.testing.assert_close(choices.logprobs.grad, -gain)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,9 @@ from rlprm.batch import (
     Batch,
     Row,
     balance,
+    chosen_rows,
     flat_response_mask,
+    flat_rows,
     flatten,
     jagged,
     jagged_texts,
@@ -146,3 +148,20 @@ def test_number_of_groups_counts_the_accepted_ones():
     rows = (row(0, True), row(0, True), row(1, True), row(2, False))
     batch = Batch(step=1, rows=rows, shards=(), texts=(), members=(), selected=(True, True, True, False), counts={})
     assert batch.num_groups == 2
+
+
+def test_chosen_rows_are_a_shard_of_their_own():
+    given = shard([2, 1, 3], [1.0, 0.0, None])
+    rows = torch.tensor([2, 0])
+    chosen = chosen_rows(given, rows)
+    whole, part = pad(given), pad(chosen)
+    assert chosen.lengths.tolist() == [4, 3]
+    assert torch.equal(part.tokens, whole.tokens[rows])
+    assert torch.equal(part.response_mask, whole.response_mask[rows])
+    assert torch.equal(chosen.row, given.row[rows])
+    assert torch.equal(given.tokens[flat_rows(given.lengths, rows)], chosen.tokens)
+
+
+def test_no_rows_are_an_empty_shard():
+    chosen = chosen_rows(shard([2, 1], [1.0, 0.0]), torch.tensor([], dtype=torch.int64))
+    assert len(chosen) == len(chosen.tokens) == len(flat_response_mask(chosen)) == 0

@@ -260,7 +260,8 @@ def test_a_greedy_rollout_is_refused_as_a_row():
 def test_greedy_responses_are_counted_and_are_no_rows():
     own, _ = judges(max_error_fraction=0.2)
     said, silent = (
-        Verdict(outcome=outcome, reason=reason, seconds=0.0) for outcome, reason in ((1.0, ""), (None, "timeout after 5 s"))
+        Verdict(outcome=outcome, reason=reason, seconds=0.0)
+        for outcome, reason in ((1.0, ""), (None, "timeout after 5 s"))
     )
     first = replace(group(0, True, 1.0, 0.0), greedy=(said,))
     second = replace(group(1, True, 1.0, 0.0), greedy=(silent,))

@@ -7,18 +7,28 @@ import torch
 
 from rlprm.core.metrics import numbers
 from rlprm.core.mismatch import mismatch_metrics, mismatch_weights
-from rlprm.core.policy_loss import Denominators, aggregation_weights, ppo_clip, weighted_sum
+from rlprm.core.policy_loss import Choices, Denominators, aggregation_weights, ppo_clip, weighted_sum
 from rlprm.core.reduce import Identity
 from rlprm.errors import ConfigError
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None}
 
 
+def one(new, old, gain, on=None):
+    """A single sequence."""
+    return Choices(
+        logprobs=new,
+        old_logprobs=old,
+        advantages=gain,
+        response_mask=torch.ones_like(new, dtype=torch.bool) if on is None else on,
+        sequence=torch.zeros_like(new, dtype=torch.int64),
+        num_sequences=1,
+    )
+
+
 def loss_at(ratio, advantage, **settings):
     new = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, told = ppo_clip(
-        new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), **{**CLIP, **settings}
-    )
+    loss, told = ppo_clip(one(new, torch.zeros(1, 1), torch.tensor([[advantage]])), **{**CLIP, **settings})
     loss.sum().backward()
     return loss.item(), new.grad.item(), {name: value.item() for name, value in told.items()}
 
@@ -56,7 +66,7 @@ def test_log_ratios_are_bounded():
 def test_masked_nan_reaches_neither_loss_nor_gradient():
     nan = torch.tensor([[0.0, torch.nan]])
     new = nan.clone().requires_grad_()
-    loss, told = ppo_clip(new, nan, torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]), **CLIP)
+    loss, told = ppo_clip(one(new, nan, torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]])), **CLIP)
     loss.sum().backward()
     assert loss.tolist() == [[-1.0, 0.0]]
     assert new.grad.tolist() == [[-1.0, 0.0]]

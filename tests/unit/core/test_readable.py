@@ -21,11 +21,13 @@ def example():
         tokens=tokens,
         attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]]).bool(),
         response_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0]]).bool(),
-        rollout_logprobs=torch.zeros(2, 7),
+        rollout_logprobs=torch.tensor([[0, 0, -0.5, 0, 0, 0, -1.25], [0.0] * 7]),
         step_index=torch.tensor([[-1, -1, 0, 0, 1, 1, -1], [-1, -1, 0, -1, -1, -1, -1]]),
         step_label=torch.tensor([[-1, -1, 1, 1, 0, 0, -1], [-1] * 7]),
         outcome=torch.tensor([1.0, 0.0]),
         outcome_present=torch.tensor([True, False]),
+        greedy_outcome=torch.zeros(2),
+        greedy_present=torch.tensor([False, False]),
         group=torch.tensor([4, 5]),
         version=torch.tensor([9, 9]),
         truncated=torch.tensor([False, True]),
@@ -54,11 +56,13 @@ def test_a_rollout_reads_step_by_step():
         "response": "1;34.",
         "outcome": 1.0,
         "truncated": False,
+        "train": True,
         "reward": {"prm": -0.25, "outcome": 1.0},  # .25 + .5 - 1
         "steps": [
             {
                 "text": "1;",
                 "label": 1,
+                "span": [0, 2],
                 "reward": {"prm": 0.75, "outcome": None},
                 "advantage": 2.5,  # mean of 1.5 and 3.5
                 "parts": {"prm": 2.0, "outcome": 0.5},
@@ -66,11 +70,13 @@ def test_a_rollout_reads_step_by_step():
             {
                 "text": "34",
                 "label": 0,
+                "span": [2, 4],
                 "reward": {"prm": -1.0, "outcome": None},
                 "advantage": -1.5,
                 "parts": {"prm": -2.0, "outcome": 0.5},
             },
         ],
+        "tokens": {"prompt": [1, 3], "response": [4, 6, 7, 8, 9], "logprobs": [-0.5, 0.0, 0.0, 0.0, -1.25]},
     }
 
 

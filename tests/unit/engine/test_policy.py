@@ -207,7 +207,9 @@ def held(*, shift, token_budget=64, layout="padded", aggregation="token-mean", t
     return learner, global_numbers([found])
 
 
-@pytest.mark.parametrize("split", [{}, {"token_budget": 1}, {"layout": "packed"}, {"aggregation": "seq-mean-token-mean"}])
+@pytest.mark.parametrize(
+    "split", [{}, {"token_budget": 1}, {"layout": "packed"}, {"aggregation": "seq-mean-token-mean"}]
+)
 def test_trust_region_prices_what_the_first_update_moved(split):
     learner, found = held(shift=-0.5, trust=TrustRegion(weight=2.0, delta=0.1), **split)
     # before the second update KL(pi_old || pi) is 0.5 per token: 2 * (0.5 - 0.1) = 0.8 times 0.5

@@ -8,20 +8,21 @@ import pytest
 
 from rlprm.batch import Batch, Row
 from rlprm.core.metrics import check_name
-from rlprm.run.recorder import Recorder, lengths, selected, staleness
+from rlprm.run.recorder import Recorder, lengths, selected, staleness, texts
 
 
 def row(**changes) -> Row:
     given = {
         "group": 0, "prompt_id": "a/0", "source": "a", "sample": 0, "outcome": 1.0, "reason": "", "finish": "stop",
-        "prompt_length": 3, "response_length": 4, "num_steps": 2, "version": 5, "fresh": True, "train": True,
+        "prompt_length": 3, "response_length": 4, "num_steps": 2, "version": 5, "repetition": 0.0,
+        "copy": False, "fresh": True, "train": True,
     }  # fmt: skip
     return Row(**{**given, **changes})
 
 
 ROWS = (
     row(),
-    row(response_length=8, num_steps=1, finish="length", outcome=0.0, version=4),
+    row(response_length=8, num_steps=1, finish="length", outcome=0.0, version=4, repetition=0.5),
     row(prompt_length=6, response_length=0, num_steps=0, outcome=None, train=False),
     row(outcome=0.0, fresh=False),
 )
@@ -33,13 +34,31 @@ def test_lengths_by_hand():
         "response_length/max": 8.0,
         "response_length/min": 0.0,
         "response_length/clip_ratio": 0.25,
+        "response_length/clip_ratio_right": 0.0,  # the cut one is wrong
         "process_steps/mean": 1.25,
         "process_steps/max": 2.0,
         "process_steps/frac_single": 0.25,
+        "process_steps/tokens": 3.2,  # 16 tokens in 5 steps
         "prompt_length/mean": 3.75,
         "prompt_length/max": 6.0,
         "prompt_length/min": 3.0,
     }
+
+
+def test_repetition_and_copies_by_hand():
+    rows = (*ROWS, row(repetition=0.3, copy=True))
+    assert texts(rows) == {
+        "response_text/repetition_mean": pytest.approx(0.16),  # (0.5 + 0.3) / 5
+        "response_text/repetition_max": 0.5,
+        "response_text/repetition_right": pytest.approx(0.15),  # rows 0 and 4
+        "response_text/copies": 0.2,
+    }
+
+
+def test_without_a_right_response_or_a_step_there_is_nothing_to_say_of_them():
+    rows = (row(outcome=0.0, num_steps=0, response_length=0), row(outcome=None, num_steps=0, response_length=0))
+    assert not {"response_length/clip_ratio_right", "process_steps/tokens"} & set(lengths(rows))
+    assert "response_text/repetition_right" not in texts(rows)
 
 
 def test_staleness_is_the_version_at_training_minus_that_of_the_sample():
@@ -47,7 +66,9 @@ def test_staleness_is_the_version_at_training_minus_that_of_the_sample():
 
 
 def kept(chosen: tuple[bool, ...] = (True, False, False, True)) -> Batch:
-    return Batch(step=1, rows=ROWS, shards=(), members=(), selected=chosen, counts={"keep/rollouts_sampled": 4.0})
+    return Batch(
+        step=1, rows=ROWS, shards=(), texts=(), members=(), selected=chosen, counts={"keep/rollouts_sampled": 4.0}
+    )
 
 
 def test_selection_counts_accepted_rows_and_fresh_accuracy_counts_judged_ones():
@@ -84,6 +105,7 @@ def recorder(**changes):
         "transfer": SimpleNamespace(metrics={"weights/version": 6.0}),
         "prompts": SimpleNamespace(metrics=lambda: {"data/a/epoch": 0.5}),
         "rollouts": SimpleNamespace(take_aborted=lambda: 2),
+        "alarms": SimpleNamespace(check=lambda step, metrics: {"alarm/length": float(metrics["staleness/max"] > step)}),
         "rollouts_total": 10.0,
         "tokens_total": 100.0,
         "version": 5.0,
@@ -110,6 +132,7 @@ def test_a_step_gathers_every_number_under_a_listed_name():
     assert metrics["actor/pg_loss"] == -0.1
     assert metrics["adv/outcome/share"] == 1.0
     assert metrics["keep/aborted"] == 2.0
+    assert metrics["alarm/length"] == 0.0  # the alarms have seen the step and its metrics
     assert metrics["training/global_step"] == 3.0
     assert metrics["training/rollouts_total"] == 14.0
     assert metrics["timing_s/step"] == 2.0

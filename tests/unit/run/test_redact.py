@@ -96,7 +96,7 @@ def test_no_planted_key_reaches_any_file_of_a_run(planted, tmp_path, monkeypatch
     run = tmp_path / "run"
     run.mkdir()
     write_run_header(run, "\n".join(f"{key}: {value}" for key, value in CONFIG.items()), {"torch": "2.13.0"}, None)
-    wandb = WandB(run, project="p", name="n", group=None, tags=["t"], run_id="id1", config=CONFIG)
+    wandb = WandB(run, project="p", name="n", group=None, job_type="j", tags=["t"], run_id="id1", config=CONFIG)
     trackers = Trackers([MetricsLog(run), TensorBoard(run), wandb], RolloutLog(run))
     trackers.log(1, {"actor/lr": 1e-6})
     trackers.close()
