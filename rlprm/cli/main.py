@@ -23,6 +23,7 @@ COMMANDS = {
     "dpo": "preference optimisation on the rollouts that runs have stored",
     "prm": "train a process reward model on labelled steps",
     "evaluate": "accuracy of a model on held-out prompts",
+    "check": "contract tests for pieces of your own",
     "judge": "grade a file of answers with a verifier",
     "export": "write policy and PRM of a run as Hugging Face folders",
     "report": "summary, table and plots of finished runs",

@@ -238,6 +238,7 @@ def source(config: TrainConfig, name: str, services: Mapping[str, Any], policy: 
         reduce=GroupReduce(),
         device=config.placement.device,
         dtype=config.model.dtype,
+        attention=config.model.attention,
         token_budget=(section.learner or config.policy).token_budget,
         layout=(section.learner or config.policy).layout,
         seed=config.seed,

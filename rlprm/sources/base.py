@@ -65,6 +65,7 @@ class SourceContext:
     reduce: Reduce
     device: str
     dtype: str
+    attention: str  # how attention is computed: sdpa, eager or flash_attention_2
     token_budget: int  # most tokens in one forward pass
     layout: str
     seed: int

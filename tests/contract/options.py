@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from rlprm.cli import dpo, evaluate, sft
+from rlprm.cli import dpo, evaluate, prm, sft
 from rlprm.cli.compose import composed, groups
 from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
 from rlprm.config_dpo import DpoConfig
+from rlprm.config_prm import PrmConfig
 from rlprm.paths import conf_dir, recipes_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +21,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "sft": SftConfig,
     "dpo": DpoConfig,
+    "prm": PrmConfig,
     "evaluate": EvaluateConfig,
     "judge": JudgeConfig,
 }
@@ -28,10 +30,11 @@ REQUIRED = {
     "train": ["model.path=somewhere"],
     "sft": ["model.path=somewhere", "output=somewhere"],
     "dpo": ["model.path=somewhere", "output=somewhere", "runs=somewhere"],
+    "prm": ["model.path=somewhere", "output=somewhere"],
     "evaluate": ["model.path=somewhere"],
     "judge": [],
 }
-READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads, "dpo": dpo.reads}
+READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads, "dpo": dpo.reads, "prm": prm.reads}
 COMPANIONS = {
     "critic": ["method=ppo"],  # a critic accumulates by GAE, so the method must leave that to it
     "rollout/vllm_gpu": ["placement=gpu8"],
@@ -45,6 +48,7 @@ COMPANIONS = {
     "merge/posterior_gate": ["whiten=scale"],
     # one reward a step, and it is centred by the estimator itself
     "estimator/pure_softmin": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
+    "estimator/pure_sum": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
 }
 # Merges by which one stream takes another in, which then has no pieces of its own.
 NO_PIECES = [f"streams.process.{piece}=null" for piece in ("merge", "normalizer", "estimator", "weight", "gate")]
@@ -135,7 +139,7 @@ def values(entry: str, overrides: list[str]) -> Mapping[str, Any]:
 
 def missing(content: Any, package: str) -> list[str]:
     """A value for each ``???`` in an option."""
-    prefix = "" if package in ("", "_global_") else f"{package}."
+    prefix = "" if package in ("", "_global_", "method") else f"{package}."  # a method's keys are the run's own
     return [
         f"{prefix}{key}={ROWS}" for key, value in leaves(content) if value == "???" and prefix + key != "model.path"
     ]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.credit import CriticPlan, StreamPlan, credit, outcome_stream
 from rlprm.core.estimators import none, step_local, to_go
 from rlprm.core.gates import open_gate, sign_consistent, trust_gate
@@ -19,7 +20,6 @@ from rlprm.core.merge import posterior_gate, separate
 from rlprm.core.normalize import RAW, normalize
 from rlprm.core.reduce import Identity
 from rlprm.records import Shard, Stream
-from tests.property.sharding import on_ranks
 from tests.unit.core.worked import NO_AXES
 
 few = settings(max_examples=15, deadline=None, derandomize=True)

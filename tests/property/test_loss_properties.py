@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.alignment import token_entropy, token_logprobs
 from rlprm.core.kl import kl_loss
 from rlprm.core.packing import build_micro, micro_batches
@@ -17,7 +18,6 @@ from rlprm.core.policy_loss import Choices, Denominators, aggregation_weights, p
 from rlprm.core.policy_loss_free import cispo, reinforce, sapo
 from rlprm.core.policy_loss_sequence import gspo, gspo_token
 from rlprm.core.reduce import Identity
-from tests.property.sharding import on_ranks
 
 VOCABULARY = 7
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"]

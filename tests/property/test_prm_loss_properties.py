@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.alignment import token_logprobs
 from rlprm.core.implicit import implicit_rewards, sequence_sums
 from rlprm.core.packing import build_micro, micro_batches
 from rlprm.core.prm_losses import slopes
 from rlprm.core.reduce import Identity
-from tests.property.sharding import on_ranks
 from tests.unit.core.test_prm_losses import EVERY
 
 VOCABULARY = 7

@@ -139,6 +139,7 @@ def context(name: str = "process", **changes: Any) -> SourceContext:
         "reduce": Identity(),
         "device": "cpu",
         "dtype": "float32",
+        "attention": "sdpa",
         "token_budget": 64,
         "layout": "padded",
         "seed": 0,

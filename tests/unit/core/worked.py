@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlprm.contract.samples import shard_of
 from rlprm.records import Shard, Stream
 
 PROCESS = [[0.2, -0.1], [0.1, 0.3, -0.2], [0.4]]
@@ -28,41 +29,6 @@ NO_AXES = {
     "eps": 0.0,
     "decay": None,
 }
-
-
-def shard_of(
-    lengths: list[int],
-    outcomes: list[float | None],
-    groups: list[int] | None = None,
-    steps: list[list[int]] | None = None,
-    prompt: int = 1,
-    padding: int = 0,
-) -> Shard:
-    """A shard of responses of these lengths; None as outcome: the verifier failed."""
-    size, width = len(lengths), prompt + max(lengths) + padding
-    position = torch.arange(width)[None, :]
-    end = prompt + torch.tensor(lengths)[:, None]
-    step_index = torch.full((size, width), -1)
-    for row, length in enumerate(lengths):
-        step_index[row, prompt : prompt + length] = torch.tensor(steps[row] if steps else range(length))
-    return Shard(
-        tokens=torch.zeros(size, width, dtype=torch.int64),
-        attention_mask=position < end,
-        response_mask=(position >= prompt) & (position < end),
-        rollout_logprobs=torch.zeros(size, width),
-        step_index=step_index,
-        step_label=torch.full((size, width), -1),
-        outcome=torch.tensor([0.0 if outcome is None else outcome for outcome in outcomes]),
-        outcome_present=torch.tensor([outcome is not None for outcome in outcomes]),
-        greedy_outcome=torch.zeros(size),
-        greedy_present=torch.zeros(size, dtype=torch.bool),
-        group=torch.tensor(groups or [0] * size),
-        version=torch.zeros(size, dtype=torch.int64),
-        truncated=torch.zeros(size, dtype=torch.bool),
-        fresh=torch.ones(size, dtype=torch.bool),
-        train=torch.ones(size, dtype=torch.bool),
-        row=torch.arange(size),
-    )
 
 
 def example() -> Shard:

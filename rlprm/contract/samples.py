@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlprm.records import Shard
-from tests.unit.core.worked import shard_of
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 4, 4, 4, 5, 2, 3]
 GROUPS = [7, 7, 7, 7, 2, 2, 9, 9, 9, 4, 11, 11]  # four, two, three (equal rewards), one, two members
@@ -35,7 +34,7 @@ class Sample:
     def widened(self, columns: int) -> Sample:
         """The same with more padding on the right, garbage in it."""
 
-        def wide(tensor: Tensor, fill: float) -> Tensor:
+        def wide(tensor: Tensor, fill: float | int) -> Tensor:
             return torch.cat([tensor, torch.full((len(tensor), columns), fill).to(tensor.dtype)], dim=1)
 
         fills = {"step_index": -1, "step_label": -1}
@@ -46,6 +45,41 @@ class Sample:
         return Sample(
             shard=replace(self.shard, **padded), rewards=wide(self.rewards, torch.nan), present=wide(self.present, 0)
         )
+
+
+def shard_of(
+    lengths: list[int],
+    outcomes: list[float | None],
+    groups: list[int] | None = None,
+    steps: list[list[int]] | None = None,
+    prompt: int = 1,
+    padding: int = 0,
+) -> Shard:
+    """A shard of responses of these lengths; None as outcome: the verifier failed."""
+    size, width = len(lengths), prompt + max(lengths) + padding
+    position = torch.arange(width)[None, :]
+    end = prompt + torch.tensor(lengths)[:, None]
+    step_index = torch.full((size, width), -1)
+    for row, length in enumerate(lengths):
+        step_index[row, prompt : prompt + length] = torch.tensor(steps[row] if steps else range(length))
+    return Shard(
+        tokens=torch.zeros(size, width, dtype=torch.int64),
+        attention_mask=position < end,
+        response_mask=(position >= prompt) & (position < end),
+        rollout_logprobs=torch.zeros(size, width),
+        step_index=step_index,
+        step_label=torch.full((size, width), -1),
+        outcome=torch.tensor([0.0 if outcome is None else outcome for outcome in outcomes]),
+        outcome_present=torch.tensor([outcome is not None for outcome in outcomes]),
+        greedy_outcome=torch.zeros(size),
+        greedy_present=torch.zeros(size, dtype=torch.bool),
+        group=torch.tensor(groups or [0] * size),
+        version=torch.zeros(size, dtype=torch.int64),
+        truncated=torch.zeros(size, dtype=torch.bool),
+        fresh=torch.ones(size, dtype=torch.bool),
+        train=torch.ones(size, dtype=torch.bool),
+        row=torch.arange(size),
+    )
 
 
 def sample(*, complete: bool = False) -> Sample:

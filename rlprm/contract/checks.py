@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rlprm.batch import Row
+from rlprm.contract.ranks import on_ranks
+from rlprm.contract.samples import EQUAL, LONE, Sample, in_shards, nothing_present, sample
 from rlprm.core.gates import Around
 from rlprm.core.groups import known
 from rlprm.core.policy_loss import Choices
@@ -19,8 +21,6 @@ from rlprm.core.steps import step_indices, to_step_ends
 from rlprm.errors import ConfigError
 from rlprm.records import Shard, Stream
 from rlprm.roles import Prompt, Rollout, Verdict, Verified
-from tests.contract.samples import EQUAL, LONE, Sample, in_shards, nothing_present, sample
-from tests.property.sharding import on_ranks
 
 TOLERANCE = 1e-5
 
