@@ -24,15 +24,8 @@ class PrmConfig(Section):
     placement: SftPlacement
 
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> PrmConfig:
+    def _schedule_fits(self) -> PrmConfig:
         from rlprm.checks import check_sft
-        from rlprm.parts import locate
 
         check_sft(self)
-        head = self.format.get("head", getattr(locate(self.format["_target_"]), "head", None))
-        if head != "classifier" and (head is not None or self.format.get("good") is not None):
-            raise ValueError(
-                f"format reads the {head or 'vocabulary'} head of a model, and rlprm prm trains a classification head; use "
-                "prm_format@format=token_classification, qwen_prm, reasonflux or fin_prm"
-            )
         return self

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlprm.checks import check_model_folders
+from rlprm.checks_models import check_model_folders
 from rlprm.cli.cells import Cell, Cells, cells_of, explicit_cells, split_own
 from rlprm.cli.compose import Composed, composed
 from rlprm.cli.train import composing
@@ -161,9 +161,11 @@ def planned(cells: Cells, own: AblationConfig, config_dir: Path | None) -> list[
     problems: dict[str, str] = {}
     runs: list[Planned] = []
     for cell in cells.cells:
+        overrides = cells.overrides(cell)
         try:
+            folder = Path(composed("train", overrides, config_dir).values["output_dir"]) / own.name
             for seed in own.seed_list():
-                each = configuration(cells.overrides(cell), cell.name, seed, own.name, config_dir)
+                each = configuration(overrides, cell.name, seed, folder, config_dir)
                 config: TrainConfig = validated(TrainConfig, each.values)
                 runs.append(Planned(cell=cell.name, seed=seed, config=config, composed=each))
             check_model_folders(runs[-1].config)
@@ -182,16 +184,9 @@ def planned(cells: Cells, own: AblationConfig, config_dir: Path | None) -> list[
     return runs
 
 
-def configuration(overrides: Sequence[str], cell: str, seed: int, ablation: str, config_dir: Path | None) -> Composed:
+def configuration(overrides: Sequence[str], cell: str, seed: int, folder: Path, config_dir: Path | None) -> Composed:
     """The training configuration of one run: named after its cell, in the ablation's folder and group."""
-    output_dir = composed("train", overrides, config_dir).values["output_dir"]
-    own = {
-        "name": cell,
-        "output_dir": str(Path(output_dir) / ablation),
-        "seed": seed,
-        "resume": "auto",
-        "tracker.group": ablation,
-    }
+    own = {"name": cell, "output_dir": str(folder), "seed": seed, "resume": "auto", "tracker.group": folder.name}
     return composed("train", [*overrides, *(f"{key}={_quoted(value)}" for key, value in own.items())], config_dir)
 
 

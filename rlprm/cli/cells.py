@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ SET_HERE = {
     "resume": "an ablation always goes on where it stopped",
     "tracker.group": "the group of an ablation's runs is its name",
 }
+# a word of --cell; quotations, which are Hydra's and stay, may hold spaces
+_WORD = re.compile(r"""(?:[^\s'"]|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")+""")
 _NAME = re.compile(r"\w[\w.+=,-]*")
 
 
@@ -153,11 +154,9 @@ def explicit_cells(given: Sequence[str], file: Path | None) -> dict[str, list[st
             raise ConfigError(f"--cell {text!r}; expected 'NAME: key=value group=option ...'")
         if name.strip() in cells:
             raise ConfigError(f"there are several cells {name.strip()!r}; give each its own name")
-        try:
-            # quotes stay: they are Hydra's
-            cells[name.strip()] = shlex.split(rest, posix=False)
-        except ValueError as error:
-            raise ConfigError(f"--cell {text!r} cannot be read: {error}") from None
+        if _WORD.sub("", rest).strip():
+            raise ConfigError(f"--cell {text!r} cannot be read: a quotation is not closed")
+        cells[name.strip()] = _WORD.findall(rest)
     return cells
 
 

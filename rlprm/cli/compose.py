@@ -164,7 +164,7 @@ def _recipe(override: str, name: str) -> str:
     known = groups()["recipe"]
     if value not in known:
         raise ConfigError(f"recipe {value!r} does not exist (there are: {', '.join(known)}){_nearest(value, known)}")
-    file = {"sft": "warm_up", "prm": "prm"}.get(name, "config")
+    file = {"sft": "warm_up", "prm": "step_labels"}.get(name, "config")
     return f"+{value}@_global_={file}"
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
-from rlprm.checks import check_model_folder
+from rlprm.checks_models import check_model_folder
 from rlprm.cli import sft
 from rlprm.cli.compose import composed
 from rlprm.cli.train import composing, help_text
 from rlprm.config import validated
 from rlprm.config_prm import PrmConfig
 from rlprm.errors import ConfigError
+from rlprm.parts import locate
 from rlprm.paths import recipes_dir
 from rlprm.run.progress import Progress
 
@@ -44,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         print(configuration.annotated())
         return 0
     config: PrmConfig = validated(PrmConfig, configuration.values)
+    _check_format(config.format)
     check_model_folder("model.path", config.model.path)
     from rlprm.run.prm_training import train_prm
 
@@ -56,9 +60,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_recipe(name: str) -> None:
     """Raise where a recipe that exists says nothing of a PRM."""
-    able = sorted(file.parent.name for file in recipes_dir().glob("*/prm.yaml"))
+    able = sorted(file.parent.name for file in recipes_dir().glob("*/step_labels.yaml"))
     if name not in able and (recipes_dir() / name).is_dir():
         raise ConfigError(
-            f"recipe {name!r} has no prm.yaml (there are: {', '.join(able)}); to start from its model, give "
+            f"recipe {name!r} has no step_labels.yaml (there are: {', '.join(able)}); to start from its model, give "
             f"model.path='${{recipe_dir:{name}}}/model'"
+        )
+
+
+def _check_format(part: Mapping[str, Any]) -> None:
+    """Raise where a format reads another head than the one that is trained."""
+    fixed = part.get("head") or getattr(locate(part["_target_"]), "head", None)
+    head = fixed or ("classifier" if part.get("good") is None else "vocabulary")
+    if head != "classifier":
+        raise ConfigError(
+            f"format reads the {head} head of a model, and rlprm prm trains a classification head; use "
+            "prm_format@format=token_classification, qwen_prm, reasonflux or fin_prm"
         )

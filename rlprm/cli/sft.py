@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlprm.checks import check_model_folder
+from rlprm.checks_models import check_model_folder
 from rlprm.cli.compose import composed, keeps
 from rlprm.cli.train import composing, help_text
 from rlprm.config import (

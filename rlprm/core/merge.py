@@ -45,6 +45,9 @@ def sum_into(
 ) -> Mapping[str, Stream]:
     """``into <- into + weight * name``, and ``name`` is gone; an entry is present where either of the two is.
 
+    In a response of which ``into`` says nothing (no verdict) the sum says nothing either: an absent outcome must not
+    become a 0 by way of a price.
+
     Raises:
         ConfigError: no stream of one of the names, or a stream summed into itself.
     """
@@ -52,7 +55,8 @@ def sum_into(
         raise ConfigError(f"stream {name!r} cannot be summed into itself; name two streams")
     added, target = named(streams, name), named(streams, into)
     rewards = known(target.rewards, target.present) + weight * known(added.rewards, added.present)
-    merged = Stream(rewards=rewards.to(target.rewards.dtype), present=target.present | added.present)
+    there = target.present.any(1, keepdim=True) & (target.present | added.present)
+    merged = Stream(rewards=torch.where(there, rewards, 0.0).to(target.rewards.dtype), present=there)
     return {**{key: value for key, value in streams.items() if key != name}, into: merged}
 
 

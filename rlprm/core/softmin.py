@@ -26,11 +26,14 @@ def pure_softmin(
     present: Bool[Tensor, "B T"],
     shard: Shard,
     *,
-    temperature: float,
+    temperature: float | None,
     baseline: Baseline,
     zero_ends: bool,
 ) -> Float[Tensor, "B T"]:
     """``A_t = sum over the steps h from t's on of (w_h R_h - b_h)``, ``w = softmax(-R / temperature)`` over the steps.
+
+    Without a temperature ``w = 1``: the plain sum of step rewards, which PURE shows to collapse. (The released code's switch
+    for that has ``w = 1 / H``, a very high temperature here.)
 
     ``baseline`` ``token``: ``b_h = (tokens of h but its end) * sum_{j != i} S_j / sum_{j != i} L_j`` with ``S_j`` the
     sum of response j's weighted rewards and ``L_j`` its tokens; ``step``: ``b_h = mean_{j != i} S_j / H_j`` with ``H_j``
@@ -67,8 +70,12 @@ def pure_softmin(
     return torch.where(kept, returns, torch.zeros_like(returns)).to(rewards.dtype)
 
 
-def step_weights(scores: Float[Tensor, "B S"], there: Bool[Tensor, "B S"], temperature: float) -> Float[Tensor, "B S"]:
-    """``softmax(-R / temperature)`` over the steps that are there, in float64; 0 elsewhere."""
+def step_weights(
+    scores: Float[Tensor, "B S"], there: Bool[Tensor, "B S"], temperature: float | None
+) -> Float[Tensor, "B S"]:
+    """``softmax(-R / temperature)`` over the steps that are there, in float64; 0 elsewhere. No temperature: 1."""
+    if temperature is None:
+        return there.double()
     lowest = -scores.double() / temperature
     logits = torch.where(there, lowest, torch.full_like(lowest, -torch.inf))
     weights = logits.softmax(1)  # NaN in a row without any step
@@ -96,8 +103,8 @@ def _has_sibling(there: Tensor, shard: Shard) -> Tensor:
     return group_count(there.any(1), shard.group) > 1
 
 
-def _check(temperature: float, baseline: Baseline) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError(f"temperature is {temperature}; expected a number above 0, such as 0.1")
+def _check(temperature: float | None, baseline: Baseline) -> None:
+    if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature is {temperature}; expected a number above 0, such as 0.1, or null for plain sums")
     if baseline not in ("none", "token", "step"):
         raise ConfigError(f"baseline is {baseline!r}; expected none, token or step")

@@ -123,4 +123,4 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int]]]:
 
 def _drawn(row: Row, seed: int) -> tuple[float, ...]:
     """A number that depends on the rollout alone, not on the order of rows; another one for every policy version."""
-    return (random.Random(f"select/{seed}/{row.prompt_id}/{row.version}/{row.sample}").random(),)
+    return (random.Random(f"rows/{seed}/{row.prompt_id}/{row.version}/{row.sample}").random(),)

@@ -82,10 +82,11 @@ def waves(moment: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
 class LayerStates:
     """Hidden states of a frozen causal model after some of its layers, without gradient.
 
-    ``percentiles`` of the depth: layer ``round(p * layers)``, the last one for p = 1.
+    ``percentiles`` of the depth: layer ``round(p * layers)``, the last one for p = 1. Each layer once: in a model of few
+    layers several percentiles may name the same.
 
     Raises:
-        ConfigError: a percentile outside [0, 1], two that name one layer, or a model whose layers cannot be found.
+        ConfigError: a percentile outside [0, 1], none at all, or a model whose layers cannot be found.
     """
 
     def __init__(self, path: str, dtype: models.DType, device: str, percentiles: Sequence[float]) -> None:
@@ -94,11 +95,7 @@ class LayerStates:
         layers = _layers(self._model, path)
         if not percentiles or not all(0.0 <= each <= 1.0 for each in percentiles):
             raise ConfigError(f"percentiles are {list(percentiles)}; expected one or more depths from 0 to 1")
-        chosen = [min(round(each * len(layers)), len(layers) - 1) for each in percentiles]
-        if len(set(chosen)) < len(chosen):
-            raise ConfigError(
-                f"percentiles {list(percentiles)} of {len(layers)} layers name the layers {chosen}; expected different ones"
-            )
+        chosen = sorted({min(round(each * len(layers)), len(layers) - 1) for each in percentiles})
         self._layers = [layers[index] for index in chosen]
         self.depths = tuple(index / len(layers) for index in chosen)
         self.hidden = int(self._model.config.hidden_size)

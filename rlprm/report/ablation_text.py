@@ -8,7 +8,8 @@ from typing import Any
 from rlprm.report.ablation_values import MEASURES
 
 ACCURACY = ("sampled", "greedy", "area", "rollouts_to_level")
-NO_INTERVAL = "one seed: no interval can be given"
+ONE = "one seed"  # in a table; beside it stands what that means
+NO_INTERVAL = "With one seed no interval can be given."
 
 
 def markdown(found: Mapping[str, Any], plots: Sequence[str]) -> str:
@@ -53,7 +54,10 @@ def _accuracy(found: Mapping[str, Any]) -> str:
         collapsed = values["collapsed"]
         rate = "" if collapsed is None else f"{round(collapsed['mean'] * collapsed['count'])} of {collapsed['count']}"
         seconds = "" if values["seconds"] is None else f"{values['seconds']['mean']:.0f}"
-        lines.append(f"| {name} | {_finished(cell)} | {' | '.join(columns)} | {_to_level(cell)} | {rate} | {seconds} |")
+        lines.append(
+            f"| {name} | {_finished(cell)} | {' | '.join(columns)} | {_to_level(cell, found['level'])} | {rate} | {seconds} |"
+        )
+    lines += ["", NO_INTERVAL] if any(f"({ONE})" in line for line in lines) else []
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +77,7 @@ def _differences(found: Mapping[str, Any]) -> str:
             if gap is None:
                 continue
             digits = _digits(measure)
-            student = NO_INTERVAL if gap["low"] is None else _bounds(gap["low"], gap["high"], digits)
+            student = ONE if gap["low"] is None else _bounds(gap["low"], gap["high"], digits)
             drawn = "" if gap["bootstrap_low"] is None else _bounds(gap["bootstrap_low"], gap["bootstrap_high"], digits)
             lines.append(
                 f"| {MEASURES[measure][0]} | {name} | {gap['count']} | {gap['mean']:+.{digits}f} | {student} | {drawn} "
@@ -82,6 +86,7 @@ def _differences(found: Mapping[str, Any]) -> str:
     notes = [
         "",
         "p: two-sided paired t test. Holm: the same, adjusted for all cells that are compared on that measure.",
+        *([NO_INTERVAL] if any(ONE in line for line in lines) else []),
     ]
     if any(line.count("[") > 1 for line in lines):
         notes.append(f"Bootstrap: percentile interval of {settings['resamples']} resamples of the paired differences.")
@@ -124,12 +129,15 @@ def _collapses(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 
 def _unfinished(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
-    lines = []
-    for name, seed, run in runs:
-        if run["state"] == "failed":
-            lines.append(f"- {name}, seed {seed} failed: {' '.join(run['error'].split())}")
-        elif run["state"] != "finished":
-            lines.append(f"- {name}, seed {seed}: {run['state']}")
+    lines = [
+        f"- {name}, seed {seed} failed: {' '.join(run['error'].split())}"
+        for name, seed, run in runs
+        if run["state"] == "failed"
+    ]
+    for state in ("not finished", "not begun"):
+        for cell in dict.fromkeys(name for name, _, run in runs if run["state"] == state):
+            seeds = [seed for name, seed, run in runs if name == cell and run["state"] == state]
+            lines.append(f"- {cell}, seed {', '.join(seeds)}: {state}")
     if not lines:
         return ""
     return "## Not in the tables\n\n" + "\n".join(lines) + "\n\nThe same command runs these, and nothing else.\n"
@@ -177,7 +185,9 @@ def _finished(cell: Mapping[str, Any]) -> str:
     return str(done) if done == len(cell["seeds"]) else f"{done} of {len(cell['seeds'])}"
 
 
-def _to_level(cell: Mapping[str, Any]) -> str:
+def _to_level(cell: Mapping[str, Any], level: float | None) -> str:
+    if level is None:
+        return "no level yet"  # it is the baseline's, and that has no finished run
     values = [run["values"]["rollouts_to_level"] for run in cell["seeds"].values() if run["state"] == "finished"]
     missing = sum(value is None for value in values)
     if not values:
@@ -192,9 +202,7 @@ def _interval(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     if found is None:
         return "not measured"
     mean = f"{found['mean']:.{digits}f}"
-    return (
-        f"{mean} ({NO_INTERVAL})" if found["low"] is None else f"{mean} {_bounds(found['low'], found['high'], digits)}"
-    )
+    return f"{mean} ({ONE})" if found["low"] is None else f"{mean} {_bounds(found['low'], found['high'], digits)}"
 
 
 def _beside(prm: Mapping[str, Any] | None, surprisal: Mapping[str, Any] | None) -> str:

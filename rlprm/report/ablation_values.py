@@ -32,12 +32,12 @@ MEASURES: Mapping[str, tuple[str, int]] = {
     "seconds": ("seconds", -1),
 }
 _QUALITY = {
-    "auc": "auc_fresh",
-    "auc_surprisal": "auc_surprisal",
-    "pair_accuracy": "pair_acc_fresh",
-    "pair_accuracy_surprisal": "pair_acc_surprisal",
-    "step_auc": "step_auc",
-    "step_auc_surprisal": "step_auc_surprisal",
+    "auc": "prm/auc_fresh",
+    "auc_surprisal": "prm/auc_surprisal",
+    "pair_accuracy": "prm/pair_acc_fresh",
+    "pair_accuracy_surprisal": "prm/pair_acc_surprisal",
+    "step_auc": "prm/step_auc",
+    "step_auc_surprisal": "prm/step_auc_surprisal",
 }
 _GREEDY = re.compile(r"val-core/.+/accuracy/greedy")
 _SAMPLED = re.compile(r"val-core/.+/accuracy/mean@\d+")
@@ -186,8 +186,9 @@ def measured(run: RunLog, rollouts: float, level: float | None, settings: Settin
 
 def _quality(run: RunLog, kind: str, rollouts: float, settings: Settings) -> float | None:
     """Of the stream's own source where several are measured, else of the one that is."""
-    own = _last(run, f"prm/{settings.stream}/{kind}", rollouts, settings.last_steps)
-    return _last(run, f"prm/{kind}", rollouts, settings.last_steps) if own is None else own
+    of_stream = kind.replace("prm/", f"prm/{settings.stream}/", 1)
+    own = _last(run, of_stream, rollouts, settings.last_steps)
+    return _last(run, kind, rollouts, settings.last_steps) if own is None else own
 
 
 def _last(run: RunLog, name: str, rollouts: float, count: int) -> float | None:

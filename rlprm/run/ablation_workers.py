@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -91,25 +92,17 @@ def _side_by_side(pending: list[Planned], logs: Path, count: int, checkpoints: s
             for pipe in wait(pipes):
                 worker = next(each for each in busy if each.pipe is pipe)
                 run, place = busy.pop(worker)
-                try:
-                    error = worker.pipe.recv()
-                except EOFError:
-                    worker.process.join()
-                    error = write_failure(run, f"its worker process ended with exit code {worker.process.exitcode}")
-                    talk.ended(run, error)
-                    if pending:
-                        _next(_start_worker(logs, place, devices[place], checkpoints), place, pending, busy, talk, None)
-                    continue
+                alive, error = _answer(worker, run)
                 talk.ended(run, error)
-                _next(worker, place, pending, busy, talk, run)
+                if alive:
+                    _next(worker, place, pending, busy, talk, run)
+                elif pending:
+                    _next(_start_worker(logs, place, devices[place], checkpoints), place, pending, busy, talk, None)
     finally:
         for worker in busy:
             worker.pipe.close()  # after the run it is at, or at once where Ctrl-C has reached it too
         for worker in busy:
-            worker.process.join(END_S)
-            if worker.process.is_alive():
-                worker.process.terminate()
-                worker.process.join()
+            _end(worker)
 
 
 def _next(
@@ -123,15 +116,33 @@ def _next(
     """Give the worker a run, one that can use the engines it has if there is one; or let it end."""
     if not pending:
         worker.pipe.close()
-        worker.process.join(END_S)
+        _end(worker)
         return
     engines = None if last is None else sampling_key(last.config)
     fitting = [run for run in pending if sampling_key(run.config) == engines] or pending
     run = fitting[0]
     pending.remove(run)
     talk.begins(run)
-    worker.pipe.send(run)
     busy[worker] = run, place
+    with suppress(OSError):  # it died meanwhile: its pipe will say so
+        worker.pipe.send(run)
+
+
+def _answer(worker: _Worker, run: Planned) -> tuple[bool, str | None]:
+    """Is the worker still there, and how its run ended."""
+    try:
+        return True, worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        return False, write_failure(run, f"its worker process ended with exit code {worker.process.exitcode}")
+
+
+def _end(worker: _Worker) -> None:
+    """Wait until it has stopped its engines, but not for ever."""
+    worker.process.join(END_S)
+    if worker.process.is_alive():
+        worker.process.terminate()
+        worker.process.join()
 
 
 def _start_worker(logs: Path, place: int, devices: str | None, checkpoints: str) -> _Worker:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rlprm.actors.judge import Group
-from rlprm.checks import check_model_folder
+from rlprm.checks_models import check_model_folder
 from rlprm.config import EvaluateConfig
 from rlprm.data.keep import everything
 from rlprm.data.tokenizer import load_tokenizer

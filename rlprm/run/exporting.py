@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ray
 
-from rlprm.checks import check_model_folders
+from rlprm.checks_models import check_model_folders
 from rlprm.config import TrainConfig, validated
 from rlprm.errors import CheckpointError, ConfigError
 from rlprm.run import build

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from rlprm.actors.group import answer
-from rlprm.checks import same_vocabulary
+from rlprm.checks_models import same_vocabulary
 from rlprm.config import SftConfig
 from rlprm.config_dpo import DpoConfig
 from rlprm.config_prm import PrmConfig

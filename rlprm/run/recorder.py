@@ -108,7 +108,7 @@ def lengths(rows: Sequence[Row]) -> dict[str, float]:
         "response_length/max": float(max(responses)),
         "response_length/min": float(min(responses)),
         "response_length/clip_ratio": sum(row.finish == "length" for row in rows) / len(rows),
-        **mean_of("response_length/clip_ratio_right", [row.finish == "length" for row in right]),
+        **mean_of("response_length/clip_ratio_right", [float(row.finish == "length") for row in right]),
         "process_steps/mean": sum(steps) / len(rows),
         "process_steps/max": float(max(steps)),
         "process_steps/frac_single": sum(step == 1 for step in steps) / len(rows),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlprm import driver
-from rlprm.checks import check_model_folders
+from rlprm.checks_models import check_model_folders
 from rlprm.cli.compose import Composed, flat_leaves
 from rlprm.config import TrainConfig
 from rlprm.errors import ConfigError

@@ -55,7 +55,7 @@ class Judged:
 
 
 class GenerativeJudge(ProcessSource):
-    """``votes`` independent readings of each response by the ``prompt``'s kind, made one by ``rule``.
+    """``votes`` independent readings of each response, each a ``judgement`` of one kind, made one by ``rule``.
 
     A judged value ``p`` in [0, 1] (a verdict, ``s / s_max``, a probability) of a step is worth
     ``wrong + (right - wrong) p``, at the step's last token or on each of its tokens (``where``). Its own stream is what
@@ -77,7 +77,7 @@ class GenerativeJudge(ProcessSource):
         self,
         context: SourceContext,
         *,
-        prompt: JudgePrompt,
+        judgement: JudgePrompt,
         client: Endpoint | OwnEngines,
         votes: int,
         rule: Rule,
@@ -92,7 +92,7 @@ class GenerativeJudge(ProcessSource):
         self.name = context.name
         self._seed = context.seed
         self._reduce = context.reduce
-        self._prompt = prompt
+        self._prompt = judgement
         self._client = client.connect(context)
         self._votes = votes
         self._rule = rule
@@ -110,7 +110,7 @@ class GenerativeJudge(ProcessSource):
         Raises:
             ConfigError: with the setting and what to change.
         """
-        prompt, rule, votes = made(settings["prompt"]), settings["rule"], settings["votes"]
+        prompt, rule, votes = made(settings["judgement"]), settings["rule"], settings["votes"]
         if learner:
             raise ConfigError("a generative judge does not learn; set learner to null")
         made(settings["client"]).check(model)

@@ -15,6 +15,7 @@ from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
 from rlprm.config_dpo import DpoConfig
 from rlprm.config_prm import PrmConfig
 from rlprm.paths import conf_dir, recipes_dir
+from rlprm.run.ablation import AblationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = {
@@ -24,6 +25,7 @@ SCHEMAS = {
     "prm": PrmConfig,
     "evaluate": EvaluateConfig,
     "judge": JudgeConfig,
+    "ablate": AblationConfig,
 }
 # What each command must be told, and which keys of its configuration it reads.
 REQUIRED = {
@@ -33,8 +35,14 @@ REQUIRED = {
     "prm": ["model.path=somewhere", "output=somewhere"],
     "evaluate": ["model.path=somewhere"],
     "judge": [],
+    "ablate": [],
 }
-READS: Mapping[str, Callable[[str], bool]] = {"evaluate": evaluate.reads, "sft": sft.reads, "dpo": dpo.reads, "prm": prm.reads}
+READS: Mapping[str, Callable[[str], bool]] = {
+    "evaluate": evaluate.reads,
+    "sft": sft.reads,
+    "dpo": dpo.reads,
+    "prm": prm.reads,
+}
 COMPANIONS = {
     "critic": ["method=ppo"],  # a critic accumulates by GAE, so the method must leave that to it
     "rollout/vllm_gpu": ["placement=gpu8"],
@@ -48,12 +56,18 @@ COMPANIONS = {
     "merge/posterior_gate": ["whiten=scale"],
     # one reward a step, and it is centred by the estimator itself
     "estimator/pure_softmin": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
+    # these speak of the whole response only
+    **{
+        f"judge_prompt/{prompt}": ["streams.process.source.kind.pays=verdict"]
+        for prompt in ("reasoning_quality", "rubric", "whole_verdict")
+    },
     "estimator/pure_sum": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
 }
 # Merges by which one stream takes another in, which then has no pieces of its own.
 NO_PIECES = [f"streams.process.{piece}=null" for piece in ("merge", "normalizer", "estimator", "weight", "gate")]
 TAKES_IN = {"merge/sum_into", "merge/blend", "merge/gate_by", "merge/hierarchical", "merge/sum_of"}
 COMPANIONS |= {option: NO_PIECES for option in TAKES_IN}
+JUDGE = "http://127.0.0.1:9/v1"  # nobody listens there; nothing is asked before a run starts
 STREAM = "process"  # the stream of prime_as_written that a stream's piece is tried on
 ROWS = str(ROOT / "tests/data/gsm8k_small/train.jsonl")  # what a reader without a file of its own reads
 
@@ -89,7 +103,7 @@ def defaults_of(content: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
 
 def place(group: str, option: str | None = None) -> tuple[str, str]:
     """The entry that a group feeds, and where in it the option lands."""
-    if f"{group}/{option}" in TAKES_IN:
+    if f"{group}/{option}" in {*TAKES_IN, "normalizer/greedy"}:
         return "train", f"streams.outcome.{group}"
     for entry in ("train", *entries()):
         for listed, package in defaults_of(read(conf_dir() / f"{entry}.yaml")):
@@ -97,7 +111,7 @@ def place(group: str, option: str | None = None) -> tuple[str, str]:
                 return entry, package
     for method in of_group("method"):
         for listed, package in defaults_of(read(conf_dir() / "method" / f"{method}.yaml")):
-            if listed == group and package.startswith("streams."):
+            if listed == group and package.startswith("streams.") and package.count(".") == 2:
                 return "train", f"streams.{STREAM}.{group}"
     for source in of_group("source"):
         for listed, package in defaults_of(read(conf_dir() / "source" / f"{source}.yaml")):
@@ -117,11 +131,45 @@ def carrier(group: str) -> list[str]:
     return []
 
 
+def given_to_sources(group: str, option: str) -> list[str]:
+    """What only the user can know of a source: the folder of its model, the address of its judge."""
+    if group == "method":
+        listed = defaults_of(read(conf_dir() / "method" / f"{option}.yaml"))
+        return [
+            each for name, package in listed if name == "source" for each in known(package, chosen_in(option, package))
+        ]
+    if group == "judge_client" and option != "endpoint":
+        return [f"streams.{STREAM}.source.model=somewhere"]  # the judge is a model of our own
+    if group == "source":
+        return known(f"streams.{STREAM}.source", option)
+    return known(f"streams.{STREAM}.source", carrier(group)[-1].partition("=")[2]) if carrier(group) else []
+
+
+def chosen_in(method: str, package: str) -> str:
+    for line in read(conf_dir() / "method" / f"{method}.yaml")["defaults"]:
+        if isinstance(line, dict) and next(iter(line)) == f"/source@{package}":
+            return next(iter(line.values()))
+    raise AssertionError(f"conf/method/{method} has no source at {package}")
+
+
+def known(package: str, source: str) -> list[str]:
+    content = read(conf_dir() / "source" / f"{source}.yaml")
+    judged = any(line == {"/judge_client@kind.client": "endpoint"} for line in content.get("defaults", []))
+    model = [f"{package}.model=somewhere"] if content.get("model") == "???" else []
+    return model + ([f"{package}.kind.client.url={JUDGE}"] if judged else [])
+
+
 def chosen(group: str, option: str) -> tuple[str, list[str]]:
     """(entry, overrides) of a configuration that has this option; what the option leaves open is filled in."""
     entry, package = place(group, option)
     key = group if package == group else f"{group}@{package}"
-    overrides = [*carrier(group), *COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{option}", []), f"{key}={option}"]
+    overrides = [
+        *carrier(group),
+        *given_to_sources(group, option),
+        *COMPANIONS.get(group, []),
+        *COMPANIONS.get(f"{group}/{option}", []),
+        f"{key}={option}",
+    ]
     overrides += [*missing(read(conf_dir() / group / f"{option}.yaml"), package)]
     return entry, overrides + required(entry, overrides)
 
@@ -164,7 +212,8 @@ def content_of(group: str, option: str) -> Any:
     node: Any = values_of(group, option)
     package = place(group, option)[1]
     if group == "method":
-        return {key: node[key] for key in ("streams", "whiten", "critic")}
+        decides = ("streams", "whiten", "critic", "policy_loss", "keep", "select", "data", "verifier")
+        return {key: node[key] for key in decides}
     for part in package.split("."):
         node = node[part]
     return node

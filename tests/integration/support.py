@@ -199,9 +199,9 @@ class Select:
         self._done = done
         self._inner = inner
 
-    def __call__(self, rows: Sequence[Row]) -> Any:
+    def __call__(self, rows: Sequence[Row], scores: Any) -> Any:
         self._done.rows.append(rows)
-        return self._inner(rows)
+        return self._inner(rows, scores)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 HACK = (
     *TRANSFORMERS, "method=oracle", "streams.process.source.kind._target_=tests.integration.planted.PaysMistakes",
     "~streams.process.source.kind.wrong", "~streams.process.source.kind.right", "estimator@streams.process.estimator=to_go",
-    "normalizer@streams.process.normalizer=raw", "alarms.rules.wrong_paid.patience=2",
+    "normalizer@streams.process.normalizer=raw", "alarms.rules.wrong_paid.patience=2", "whiten=none",
 )  # fmt: skip
 MESSAGE = "alarm wrong_paid: reward/process/right_wrong_gap is"
 
@@ -41,9 +41,9 @@ def test_it_stops_the_run_with_its_message_and_a_saved_state_and_can_be_overrule
     done = train(tmp_path, model, *HACK, "steps=4", "alarms.rules.wrong_paid.action=brake", "resume=auto")
     assert [row["step"] for row in done.metrics] == [1, 2, 3, 4]
     assert [row["alarm/brake"] for row in done.metrics] == [1.0, 1.0, 0.5, 0.25]
-    # step 4 was credited with half the weight that step 3 had
-    shares = [row["adv/process/share"] for row in done.metrics]
-    assert shares[3] < shares[2]
+    # to-go credit of tokens that pay 1 is their number times half a response's length, times the weight that is left
+    per_reward = [row["adv/process/abs_mean"] / row["reward/process/mean"] for row in done.metrics]
+    assert per_reward[3] / per_reward[2] == pytest.approx(0.5, rel=0.2)
 
 
 def test_canaries_are_asked_while_the_run_goes_on(ray_once: None, model: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlprm.checks import check_model_folder, check_model_folders
+from rlprm.checks_models import check_model_folder, check_model_folders
 from rlprm.config import EvaluateConfig, SftConfig, TrainConfig, validated
 from rlprm.errors import ConfigError
 from tests.contract import options as listing
@@ -19,6 +19,7 @@ BASES: dict[str, list[str]] = {
     "ppo": ["method=ppo"],
     "reinforce": ["method=outcome_reinforce_pp"],
     "oracle": ["method=oracle"],
+    "judge": ["method=capo", f"streams.process.source.kind.client.url={listing.JUDGE}"],
     "gpu": ["placement=gpu1", "rollout=vllm_gpu", "rollout.engine.gpu_memory_utilization=0.4"],
 }
 
@@ -48,6 +49,23 @@ SIGN = {"_target_": "rlprm.core.gates.sign_consistent", "_partial_": True}
 TO_GO = {"_target_": "rlprm.core.estimators.to_go", "_partial_": True, "gamma": 1.0}
 POSTERIOR = {"_target_": "rlprm.core.merge.posterior_gate", "_partial_": True, "stream": "elsewhere"}
 PAID_IF_RIGHT = {**POSTERIOR, "stream": "process"}
+PIECES = ("merge", "normalizer", "estimator", "weight", "gate")
+SOFTMIN = {
+    "_target_": "rlprm.core.softmin.pure_softmin", "_partial_": True, "temperature": 0.1, "baseline": "token",
+    "zero_ends": True,
+}  # fmt: skip
+RAW = {
+    "_target_": "rlprm.core.normalize.normalize", "_partial_": True, "unit": "token", "subset": "all",
+    "clip_first": None, "accumulate": "none", "centre": "none", "scale": "none", "order": "none", "bound": "none",
+    "eps": 0.0, "decay": None,
+}  # fmt: skip
+VERDICT = {
+    "source": {
+        "kind": {"_target_": "rlprm.sources.base.OutputOf", "_partial_": True, "of": "process", "output": "verdict"},
+        "model": None, "learner": None,
+    },
+    **dict.fromkeys(PIECES),
+}  # fmt: skip
 BAND = {"_target_": "rlprm.data.keep.accuracy_band", "_partial_": True, "low": 0.8, "high": 0.2}
 REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("}
 
@@ -61,9 +79,20 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
             "streams.outcome is built in and has a source",
         ),
         ("prime", {"streams.process.source": None}, "streams.process has no source"),
-        ("prime", {"streams.process.source.learner": None}, "only one of model and learner"),
-        ("prime", {"streams.process.source.model": None}, "only one of model and learner"),
-        ("prime", {"streams.second": "=streams.process"}, "process, second each train a PRM"),
+        ("prime", {"streams.process.source.learner": None}, "update is after and learner is null; give it a learner"),
+        ("prime", {"streams.process.source.model": None}, "has a learner and no model; name the folder"),
+        ("prime", {"streams.process.weight": None}, "weight null and the others not"),
+        ("prime", {f"streams.process.{piece}": None for piece in PIECES}, "give every stream a plan, or sum it into"),
+        # one reward a step: a stream of tokens is refused, one of steps is not
+        ("prime", {"streams.process.normalizer": RAW, "streams.process.estimator": SOFTMIN}, "streams: .*one reward"),
+        ("oracle", {"streams.process.estimator": SOFTMIN}, "'process' is centred twice: .*step_index.* baseline"),
+        ("judge", {"streams.process.source.kind.client.url": None}, "streams.process.source: .*endpoint"),
+        ("oracle", {"streams.process.source.model": "x"}, "streams.process.source: ExactSteps has no model"),
+        (
+            "prime",
+            {"streams.second": VERDICT},
+            "output 'verdict' of stream 'process', and no source of that name gives",
+        ),
         ("prime", {"responses_per_prompt": 1}, "responses_per_prompt is 1; use at least 2"),
         ("reinforce", {"policy_loss.kl_weight": 0.1}, "KL is both a reward stream and a loss"),
         ("ppo", {"streams.outcome.estimator": TO_GO}, "with a critic GAE accumulates, so the estimator must be none"),

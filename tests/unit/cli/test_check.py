@@ -125,3 +125,22 @@ def test_what_needs_an_engine_is_not_tried_and_says_so(own, capsys):
 def test_a_folder_that_is_none_is_refused(options, message, own, capsys):
     assert main(["check", "--config-dir", own(options)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_keeps_its_promises(tmp_path, monkeypatch, capsys):
+    """The section `Adding your own`, word for word: under 20 lines of code, and the files it names."""
+    import re
+
+    section = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8").split("## Adding your own")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.S)
+    files = re.search(r"```yaml\n(.*?)```", section, re.S)
+    assert code
+    assert files
+    assert len([line for line in code[1].splitlines() if line.strip()]) < 20
+    (tmp_path / "my_pieces.py").write_text(code[1])
+    for name, text in re.findall(r"# (mine/\S+)\n((?:[^#].*\n)+)", files[1]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["check", "--config-dir", str(tmp_path / "mine")]) == 0
+    assert "4 of 4 keep the promises" in capsys.readouterr().out

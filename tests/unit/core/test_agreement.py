@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.credit_metrics import agreement_metrics
 from rlprm.core.metrics import check_name
 from rlprm.core.reduce import Identity
 from rlprm.records import Stream
-from tests.property.sharding import on_ranks
 from tests.unit.core.worked import example, process_stream, shard_of
 
 

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.moments import Moments, updated, uses_running
 from rlprm.core.normalize import RAW, check_axes, is_raw
 from rlprm.core.reduce import Identity
 from rlprm.errors import CheckpointError, ConfigError
 from rlprm.records import Stream
-from tests.property.sharding import on_ranks
 from tests.unit.core.worked import NO_AXES, close, example, off_response, on_response, process_stream, shard_of
 
 ZSCORE = {"order": "centre_then_scale", "eps": 1e-6}

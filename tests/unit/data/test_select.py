@@ -22,7 +22,8 @@ SETTINGS: dict[str, Any] = {
 def row(outcome: float | None, sample: int, **changes: Any) -> Row:
     given_: dict[str, Any] = {
         "group": 0, "prompt_id": "a/0", "source": "a", "sample": sample, "outcome": outcome, "reason": "", "finish": "stop",
-        "prompt_length": 2, "response_length": 4, "num_steps": 2, "version": 0, "fresh": True, "train": True,
+        "prompt_length": 2, "response_length": 4, "num_steps": 2,
+        "repetition": 0.0, "copy": False, "version": 0, "fresh": True, "train": True,
     }  # fmt: skip
     return Row(**{**given_, **changes})
 

@@ -55,9 +55,8 @@ def test_states_are_those_of_plain_transformers(folder: str, layout: str):
     assert not any(layer._forward_hooks for layer in states._layers)
 
 
-def test_depths_that_name_one_layer_are_refused(folder: str):
-    with pytest.raises(ConfigError, match=r"name the layers \[1, 1\]"):
-        LayerStates(folder, "float32", "cpu", [0.5, 0.75])
+def test_a_layer_counts_once_and_depths_outside_the_model_are_refused(folder: str):
+    assert LayerStates(folder, "float32", "cpu", [0.75, 0.5, 0.0]).depths == (0.0, 0.5)
     with pytest.raises(ConfigError, match="depths from 0 to 1"):
         LayerStates(folder, "float32", "cpu", [1.5])
 

@@ -102,6 +102,13 @@ def test_a_level_that_nobody_reaches_is_said(tmp_path):
     assert "not reached (2 of 2)" in markdown(found, [])
 
 
+def test_without_a_run_of_the_baseline_there_is_no_level(tmp_path):
+    finished_run(tmp_path / "other" / "seed0", 10, [0.2, 0.5])
+    text = markdown(evaluate(plan(tmp_path, ["base", "other"], [0])), [])
+    assert "| 0.500 (one seed) | 0.600 (one seed) | 0.350 (one seed) | no level yet |" in text
+    assert "not reached" not in text
+
+
 def test_intervals_and_paired_differences(tmp_path):
     found = evaluate(two_cells(tmp_path))
     # other - base at 40 rollouts: .8 - .6 = .2 and .6 - .5 = .1: mean .15, sd .0707107, t(.975, 1) = 12.7062,
@@ -120,8 +127,9 @@ def test_with_one_seed_no_interval_is_given(tmp_path):
     finished_run(tmp_path / "base" / "seed0", 10, [0.2, 0.3])
     finished_run(tmp_path / "other" / "seed0", 10, [0.2, 0.5])
     text = markdown(evaluate(plan(tmp_path, ["base", "other"], [0])), [])
-    assert "| base | 1 | 0.300 (one seed: no interval can be given)" in text
-    assert "| sampled accuracy | other | 1 | +0.200 | one seed: no interval can be given |  |  |  |" in text
+    assert "| base | 1 | 0.300 (one seed) |" in text
+    assert "| sampled accuracy | other | 1 | +0.200 | one seed |  |  |  |" in text
+    assert text.count("With one seed no interval can be given.") == 2  # under each of the two tables
 
 
 def test_five_seeds_get_a_bootstrap(tmp_path):
@@ -235,7 +243,7 @@ def test_failed_and_missing_runs_are_listed_and_stay_out_of_the_numbers(tmp_path
     text = (root / "report.md").read_text()
     assert "- other, seed 2 failed: loss is NaN" in text
     assert "- base, seed 2: not finished" in text
-    assert "- third, seed 0: not begun" in text
+    assert "- third, seed 0, 1, 2: not begun" in text
     assert "| base | 2 of 3 |" in text
     assert "| third | 0 of 3 | not measured |" in text
     assert {path.name for path in root.glob("*.png")} == {

@@ -9,6 +9,7 @@ import pytest
 
 from rlprm.config import TrainConfig, validated
 from rlprm.core.credit import OUTCOME
+from rlprm.data.stored import TokenExample
 from rlprm.errors import ConfigError
 from rlprm.run import factories
 from rlprm.run.build import made
@@ -101,3 +102,8 @@ def test_examples_that_teach_nothing_are_refused():
         factories.tokenized([], render, Tokenizer())
     with pytest.raises(ConfigError, match="no EOS token, so the model would never learn to stop"):
         factories.tokenized([("a", "b")], render, SimpleNamespace(eos_token_id=None))
+
+
+def test_stored_examples_keep_their_tokens():
+    examples = [TokenExample(prompt=(1, 2), response=(3, 0))]
+    assert factories.tokenized(lambda: examples, None, SimpleNamespace(eos_token_id=None)) == [((1, 2), (3, 0))]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from rlprm.core.alarms import Rule
 from rlprm.core.gates import TrustState
+from rlprm.data.datasets import Row
+from rlprm.data.prompt_source import PromptSource, Source
 from rlprm.errors import AlarmRaised
 from rlprm.run.alarms import Alarms
 from rlprm.run.checkpoint import Checkpointer
@@ -30,13 +31,16 @@ class Run:
             [RULE], decay=0.9, warmup=1, brake_factor=0.5, brake_recovery=0.5, canary_every=0, canaries=list,
             brake=lambda factor: setattr(self.sources, "brake", factor), say=lambda words: None,
         )  # fmt: skip
-        self.restored: list[Any] = []
+        rows = [Row(id=str(n), question=str(n), gold="1", source="a.jsonl:1") for n in range(4)]
+        self.prompts = PromptSource(
+            [Source("a", rows, 1.0)], lambda question: (question, [1]), seed=0, max_prompt_tokens=8
+        )
         self.flushed = 0
         self.checkpointer = Checkpointer(folder, keep_last=2)
         self.checkpoints = Checkpoints(
             self.checkpointer,
             groups=(),
-            prompts=SimpleNamespace(state=lambda: {"taken": 1}, restore=self.restored.append),  # type: ignore[arg-type]
+            prompts=self.prompts,
             sources=self.sources,
             recorder=SimpleNamespace(flush=self._flush, version=1.0, rollouts_total=2.0, tokens_total=3.0),
             alarms=self.alarms,
@@ -49,7 +53,7 @@ class Run:
 
 
 @pytest.fixture()
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "checkpoints")
 
 
@@ -65,6 +69,7 @@ def test_a_quiet_run_is_saved_when_it_is_due(run: Run) -> None:
 
 
 def test_an_alarm_saves_first_and_the_next_run_knows_of_it(run: Run, tmp_path: Path) -> None:
+    run.prompts.take(3)
     run.alarms.check(3, {RULE.metric: 2.0})
     with pytest.raises(AlarmRaised, match="response_length/mean is 2 at step 3, above 1"):
         run.checkpoints.save(3)
@@ -74,7 +79,7 @@ def test_an_alarm_saves_first_and_the_next_run_knows_of_it(run: Run, tmp_path: P
     again = Run(tmp_path / "checkpoints")
     again.checkpoints.restore(folder, state)
     assert again.alarms.state() == run.alarms.state()
-    assert again.restored == [{"taken": 1}]
+    assert again.prompts.state() == run.prompts.state()
 
 
 def test_a_checkpoint_from_before_there_were_alarms_is_read(run: Run, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def endpoint(url: str | None = "http://127.0.0.1:1/v1", **changes: Any) -> Endpo
 def settings(**changes: Any) -> dict[str, Any]:
     """A judge's settings: one greedy vote on every step."""
     given: dict[str, Any] = {
-        "prompt": StepVerdicts(**VERDICTS),
+        "judgement": StepVerdicts(**VERDICTS),
         "client": endpoint(),
         "votes": 1,
         "rule": "single",

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from rlprm.contract.ranks import on_ranks
 from rlprm.core.implicit import implicit_rewards
 from rlprm.core.metrics import check_name
 from rlprm.core.prm_losses import bco, ce, dpo
@@ -19,7 +20,6 @@ from rlprm.parts import made as made_part
 from rlprm.sources import implicit
 from rlprm.sources.base import OWN
 from rlprm.sources.implicit import ImplicitPrm
-from tests.property.sharding import on_ranks
 from tests.unit.made import TableLearner, context, scorable, shard
 
 # Three responses of 2, 3 and 1 tokens. Log-ratios are what the table says, for log pi_ref is 0:

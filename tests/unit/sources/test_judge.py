@@ -77,7 +77,7 @@ def test_or_on_each_of_its_tokens(server):
 def test_what_it_pays_may_be_the_verdict_or_the_fraction(server):
     given = rows(WRONG, outcomes=[0.0])
     assert by_row(scored(given, server.url, pays="fraction").streams[OWN], given) == [{10: 0.5}]
-    whole = scored(given, server.url, pays="verdict", prompt=WholeVerdict(instructions="Judge.", gold=True))
+    whole = scored(given, server.url, pays="verdict", judgement=WholeVerdict(instructions="Judge.", gold=True))
     assert by_row(whole.streams[OWN], given) == [{10: 0.0}]
     assert by_row(whole.streams["fraction"], given) == [{}]  # it says nothing of steps
 
@@ -85,7 +85,7 @@ def test_what_it_pays_may_be_the_verdict_or_the_fraction(server):
 def test_a_probability_is_paid_in_proportion(server):
     given = rows(WRONG, outcomes=[0.0])
     prompt = OneStepProbability(instructions="Is it?", gold=False)
-    (found,) = by_row(scored(given, server.url, prompt=prompt, right=1.0, wrong=-1.0).streams[OWN], given)
+    (found,) = by_row(scored(given, server.url, judgement=prompt, right=1.0, wrong=-1.0).streams[OWN], given)
     assert found == {5: pytest.approx(-0.9), 10: pytest.approx(0.9)}  # -1 + 2 * 0.05, -1 + 2 * 0.95
 
 
@@ -203,11 +203,11 @@ def test_texts_and_tokens_that_disagree_about_steps_are_found(server):
         ({"votes": 2, "rule": "union"}, None, "2 times the same"),
         (
             {"votes": 2, "rule": "union", "temperature": 1.0, "pays": "verdict",
-             "prompt": Rubric(instructions="Grade.", gold=False, levels=7)},
+             "judgement": Rubric(instructions="Grade.", gold=False, levels=7)},
             None,
             "rule union counts verdicts",
         ),
-        ({"prompt": Rubric(instructions="Grade.", gold=False, levels=7)}, None, "set pays to verdict"),
+        ({"judgement": Rubric(instructions="Grade.", gold=False, levels=7)}, None, "set pays to verdict"),
         ({"max_absent": 2.0}, None, "max_absent 2.0"),
         ({}, "folder", "set model to null"),
     ],
@@ -269,7 +269,7 @@ def test_papo_from_the_judge_to_advantages():
     # Outcomes 1, 1, 1, 0: mean 3/4, std_b 1/2: 0.5, 0.5, 0.5, -1.5.
     given = rows(["0"], ["1"], ["2"], ["3"], outcomes=[1.0, 1.0, 1.0, 0.0])
     with levels(6, 7, 2, 7) as url:
-        scores = scored(given, url, pays="verdict", prompt=Rubric(instructions="Grade.", gold=False, levels=7))
+        scores = scored(given, url, pays="verdict", judgement=Rubric(instructions="Grade.", gold=False, levels=7))
     found = advantages("papo", given, {"process": scores.streams[OWN]}, at_url("process"))
     for one, expected in zip(found, [0.877964, 1.255929, -0.633893, -1.5], strict=True):
         assert one == pytest.approx([expected], abs=1e-5)
@@ -299,7 +299,7 @@ def test_spark_selective_keeps_only_what_the_verdicts_support():
         return 200, said(f"verdict {marker}: 1=right 2=wrong overall={overall}"), {}
 
     with serving(answer) as url:
-        scores = scored(given, url, prompt=StepVerdicts(instructions="Judge.", gold=False, overall=True))
+        scores = scored(given, url, judgement=StepVerdicts(instructions="Judge.", gold=False, overall=True))
     streams = {"steps": scores.streams[OWN], "verdict": scores.streams["verdict"], "format": held}
     first, second = advantages("spark_selective", given, streams, at_url("steps"))
     z = 0.707106
@@ -327,3 +327,17 @@ def test_ppr_pays_no_turn_of_a_wrong_response_and_takes_nothing_from_a_right_one
     (plan,) = [plan for plan in plans(config) if plan.name == "process"]
     merged = plan.merge({"process": graded, "outcome": outcome_stream(given.padded)}, given.padded)["process"]
     assert by_row(merged, given) == [{1: pytest.approx(0.2)}, {1: pytest.approx(0.0)}]
+
+
+def test_it_says_where_its_rewards_stand_and_what_its_engine_must_hold():
+    assert GenerativeJudge.granularity(**settings()) == "step"
+    assert GenerativeJudge.granularity(**settings(where="step_tokens")) == "token"
+    assert GenerativeJudge.granularity(**settings(pays="verdict", where="step_tokens")) == "whole"
+    as_in_yaml = settings(client={"_target_": "rlprm.sources.judge_engines.OwnEngines", "max_prompt_tokens": 700})
+    assert GenerativeJudge.engine_tokens(prompt=64, response=48, **as_in_yaml) == 700 + 512 + 1
+
+
+def test_a_method_whose_judge_nobody_named_is_refused_before_anything_starts():
+    values = composed("train", ["recipe=chain_arithmetic_cpu", "method=capo"], reads=lambda key: True).values
+    with pytest.raises(ConfigError, match=r"streams\.process\.source: the judge has neither an endpoint nor a model"):
+        validated(TrainConfig, values)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 
 from rlprm.data.templates import chat, plain
 from rlprm.errors import ConfigError
 from rlprm.roles import Rollout
+from rlprm.sources.judge import GenerativeJudge
 from rlprm.sources.judge_clients import Asked
 from rlprm.sources.judge_engines import OwnEngines
 from rlprm.sources.judge_prompts import OneStepProbability, StepVerdicts
-from tests.unit.made import context
-from tests.unit.sources.judged import VERDICTS, row
+from tests.unit.made import context, scorable, shard
+from tests.unit.sources.judged import VERDICTS, row, settings
 
 
 class Letters:
@@ -159,3 +161,45 @@ def test_engines_without_a_model_are_refused():
     engines.check("folder")
     with pytest.raises(ConfigError, match="max_prompt_tokens is 0"):
         OwnEngines(template=chat, max_prompt_tokens=0).check("folder")
+
+
+def test_a_real_model_that_has_learnt_nothing_gives_no_vote(tmp_path):
+    """The whole way through a real tokenizer and a real engine, without a run around it."""
+    from rlprm.core.metrics import numbers
+    from rlprm.data.tasks.chain_arithmetic import write_model_folder
+    from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
+    from rlprm.engine.generator_hf import HfGenerator, HfSettings
+
+    write_model_folder(tmp_path, 1, hidden=32, layers=1, heads=2, mlp=64, context=1024)
+    tokenizer = load_tokenizer(str(tmp_path))
+    generator = HfGenerator(
+        str(tmp_path),
+        HfSettings(
+            dtype="float32",
+            device="cpu",
+            max_model_len=801,
+            max_num_seqs=8,
+            stop_token_ids=stop_token_ids(str(tmp_path), tokenizer),
+        ),
+    )
+
+    class InOrder:
+        def sample(self, requests):
+            found = {rollouts[0].seed: rollouts for rollouts in generator.generate(requests)}
+            return [found[request.seeds[0]] for request in requests]
+
+        def logprobs(self, tokens, temperature):
+            return generator.logprobs(tokens, temperature) if tokens else []
+
+    own = OwnEngines(template=partial(plain, format="{question}", bos="never"), max_prompt_tokens=768)
+    made = shard([12, 12], [1.0, 0.0], steps=[[0] * 6 + [1] * 6] * 2)
+    given = scorable(made, texts=(row(["3+5=1\n", "1*2=2\n"]), row(["3+5=4\n", "4*2=1\n"])))
+    for prompt in (StepVerdicts(**VERDICTS), OneStepProbability(instructions="Is it?", gold=False)):
+        source = GenerativeJudge(
+            context(engines=InOrder(), tokenizer=tokenizer), **settings(client=own, judgement=prompt, max_tokens=32)
+        )
+        scores = source.score(given)
+        assert not any(stream.present.any() for stream in scores.streams.values())
+        found = numbers(scores.metrics.partial)
+        assert (found["judge/process/frac_failed"], found["judge/process/frac_unparsed"]) == (0.0, 1.0)
+        assert found["judge/process/frac_absent"] == 1.0
