@@ -10,23 +10,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rlprm.config_base import Count, NonNegative, Part, Positive, Section
+from rlprm.config_watching import Alarms, Checkpoint, Evaluation, Tracker
 from rlprm.errors import ConfigError
-from rlprm.parts import check_part
-
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-Part = Annotated[dict[str, Any], AfterValidator(check_part)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown key, no silent conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SampledModel(Section):
@@ -252,55 +240,6 @@ class EvaluatePlacement(EnginePlacement):
 
     policy_ranks = prm_ranks = property(lambda self: 1)
     gpus_per_rank = property(lambda self: 0.0)
-
-
-class Tracker(Section):
-    tensorboard: bool
-    wandb: bool
-    project: str
-    group: str | None
-    tags: list[str]
-    rollout_groups: Annotated[int, Field(ge=0)] | None  # of the first rank; null: all groups of all ranks
-
-
-Limits = Annotated[list[float | None], Field(min_length=2, max_length=2)]
-
-
-class AlarmRule(Section):
-    metric: str
-    band: Limits  # lowest and highest value
-    change: Limits  # lowest and highest multiple of the metric's moving mean
-    patience: Count  # steps in a row
-    action: Literal["log", "brake", "stop"]
-    advice: str
-
-
-class Alarms(Section):
-    decay: Annotated[float, Field(ge=0, lt=1)]
-    warmup: Annotated[int, Field(ge=0)]  # steps
-    brake_factor: Annotated[float, Field(ge=0, lt=1)]
-    brake_recovery: Annotated[float, Field(ge=0, le=1)]
-    canary_every: Annotated[int, Field(ge=0)]  # steps
-    rules: dict[str, AlarmRule] | None
-
-    @model_validator(mode="after")
-    def _rules_make_sense(self) -> Alarms:
-        from rlprm.run.alarms import rules
-
-        rules(self)
-        return self
-
-
-class Evaluation(Section):
-    every: Annotated[int, Field(ge=0)]  # steps
-    limit: Count | None  # prompts
-    samples: Annotated[int, Field(ge=0)]
-    temperature: Positive
-
-
-class Checkpoint(Section):
-    every: Annotated[int, Field(ge=0)]  # steps
-    keep_last: Count
 
 
 class TrainConfig(Section):

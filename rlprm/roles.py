@@ -125,6 +125,17 @@ class RowText:
     steps: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScore:
+    """A response's rewards, summed within each step that has any: their mean, smallest, sum and last, and how many."""
+
+    mean: float
+    lowest: float
+    sum: float
+    last: float
+    steps: int
+
+
 # A verifier is a plain function (gold, response text, prompt text) -> (outcome in [0, 1], reason) or a Verdict;
 # it runs inside a killable process, so it may raise, hang or eat memory without harm to the run.
 Verifier = Callable[..., Any]

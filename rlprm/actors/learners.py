@@ -12,8 +12,8 @@ import torch
 from rlprm.actors.group import WorkerGroup
 from rlprm.batch import Batch
 from rlprm.core.gates import TrustState
-from rlprm.core.row_scores import RowScore
 from rlprm.engine.combine import global_numbers
+from rlprm.roles import RowScore
 from rlprm.sources.base import OWN
 from rlprm.sources.measure import quality
 

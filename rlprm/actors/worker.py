@@ -15,11 +15,12 @@ from torch import Tensor
 from rlprm.actors.group import redirect_output
 from rlprm.batch import flatten
 from rlprm.core.metrics import Max
-from rlprm.core.row_scores import RowScore, row_scores
+from rlprm.core.row_scores import row_scores
 from rlprm.engine.checkpoints import random_state, restore_random_state
 from rlprm.engine.combine import Measured
 from rlprm.engine.distributed import join, leave, reserve
 from rlprm.records import JaggedShard, cat
+from rlprm.roles import RowScore
 from rlprm.sources.base import Scorable
 from rlprm.sources.measure import Measurement
 

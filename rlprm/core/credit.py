@@ -16,8 +16,7 @@ from rlprm.core import credit_metrics
 from rlprm.core.estimators import gae, none
 from rlprm.core.gates import OUTCOME, Around, open_gate, trust_gate
 from rlprm.core.moments import Moments, updated, uses_running
-from rlprm.core.normalize import RAW, check_axes, is_raw, normalize
-from rlprm.core.reduce import Identity
+from rlprm.core.normalize import check_axes, is_raw, normalize
 from rlprm.core.remax import minus_greedy
 from rlprm.core.whiten import Whiten
 from rlprm.core.whiten import whiten as whitened

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from rlprm.core.groups import known
 from rlprm.core.steps import step_sums
 from rlprm.records import Shard, Stream
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowScore:
-    """A response's rewards, summed within each step that has any: their mean, smallest, sum and last, and how many."""
-
-    mean: float
-    lowest: float
-    sum: float
-    last: float
-    steps: int
+from rlprm.roles import RowScore
 
 
 def row_scores(stream: Stream, shard: Shard) -> dict[int, RowScore]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from rlprm.batch import Row
-from rlprm.core.row_scores import RowScore
 from rlprm.errors import ConfigError
+from rlprm.roles import RowScore
 
 RowScores = Mapping[str, Mapping[int, RowScore]]
 Aggregate = Literal["mean", "lowest", "sum", "last"]

@@ -89,8 +89,10 @@ class LayerStates:
         ConfigError: a percentile outside [0, 1], none at all, or a model whose layers cannot be found.
     """
 
-    def __init__(self, path: str, dtype: models.DType, device: str, percentiles: Sequence[float]) -> None:
-        loaded = models.load_causal(path, dtype, attention="sdpa", gradient_checkpointing=False)
+    def __init__(
+        self, path: str, dtype: models.DType, device: str, percentiles: Sequence[float], *, attention: models.Attention
+    ) -> None:
+        loaded = models.load_causal(path, dtype, attention=attention, gradient_checkpointing=False)
         self._model = loaded.to(device).eval().requires_grad_(False)
         layers = _layers(self._model, path)
         if not percentiles or not all(0.0 <= each <= 1.0 for each in percentiles):

@@ -176,9 +176,9 @@ def policy(config: TrainConfig) -> Any:
 
 def critic(config: TrainConfig, section: CriticSection) -> Any:
     """The learned value function of one rank."""
+    from rlprm.engine.critic import Critic
     from rlprm.engine.learner import Learner
     from rlprm.engine.model import load_value
-    from rlprm.engine.critic import Critic
 
     model = load_value(
         section.model,

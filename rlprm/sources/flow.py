@@ -65,7 +65,9 @@ class FlowReward(ProcessSource):
         assert context.model is not None
         self.name = context.name
         self._context = context
-        self._states = LayerStates(context.model, context.dtype, context.device, percentiles)
+        self._states = LayerStates(
+            context.model, context.dtype, context.device, percentiles, attention=context.attention
+        )
         self._condition: Condition = condition
         self._taus = taus
         self._threshold, self._keep, self._price = threshold, keep, price
@@ -132,7 +134,9 @@ class FlowReward(ProcessSource):
             deviation[where] = torch.stack(found).mean(0)
             judged[where] = True
         present = (
-            unflatten(judged, shard.lengths) if self._steps >= self._quiet else unflatten(torch.zeros_like(mask), shard.lengths)
+            unflatten(judged, shard.lengths)
+            if self._steps >= self._quiet
+            else unflatten(torch.zeros_like(mask), shard.lengths)
         )
         rewards = flow_rewards(
             unflatten(deviation, shard.lengths), present, threshold=self._threshold, keep=self._keep, price=self._price

@@ -70,6 +70,7 @@ ENTRY_POINT_HOMES = ("rlprm/cli", "rlprm/run/", "rlprm/__main__.py")
 PURE = ("rlprm/core/", "rlprm/records.py", "rlprm/errors.py", "rlprm/roles.py", "rlprm/batch.py", "rlprm/driver")
 PURE_PACKAGES = {"torch", "jaxtyping"}
 
+BORDERS = ("rlprm/verify/", "rlprm/actors/", "rlprm/cli/check.py", "rlprm/contract/sources.py")
 BANNED_WORDS = {"bsz", "uid", "coef", "episode", "episodes", "experience", "experiences"}
 BANNED_NAMES = {"eos_mask", "action_mask", "gt_score"}
 
@@ -159,9 +160,10 @@ def banned_names(root: Path) -> list[str]:
 def config_defaults(root: Path) -> list[str]:
     """Values live in conf/: no ``.get(key, default)`` in run/build.py and config.py, no default in a schema class."""
     found = []
-    for name in ("rlprm/run/build.py", "rlprm/config.py"):
-        path = root / name
-        for node in ast.walk(parse(path)) if path.exists() else ():
+    read = [root / "rlprm/run/build.py", *sorted((root / "rlprm").glob("config*.py"))]
+    for path in filter(Path.exists, read):
+        name = relative(root, path)
+        for node in ast.walk(parse(path)):
             if not isinstance(node, ast.Call):
                 continue
             function = node.func
@@ -173,16 +175,17 @@ def config_defaults(root: Path) -> list[str]:
                 found.append(
                     f"{name}:{node.lineno}: {ast.unparse(node)}; a missing key is an error, put the value in conf/"
                 )
-    path = root / "rlprm/config.py"
-    for schema in schema_classes(path):
-        for node in schema.body:
-            if isinstance(node, ast.AnnAssign) and node.value is not None and not is_bare_field(node.value):
-                found.append(
-                    f"rlprm/config.py:{node.lineno}: {schema.name}.{ast.unparse(node)}; the default belongs in conf/"
-                )
-            for call in ast.walk(node) if isinstance(node, ast.AnnAssign) else ():
-                if isinstance(call, ast.Call) and field_default(call):
-                    found.append(f"rlprm/config.py:{node.lineno}: {ast.unparse(call)}; the default belongs in conf/")
+    for path, _ in modules(root / "rlprm"):
+        where = relative(root, path)
+        for schema in schema_classes(path):
+            for node in schema.body:
+                if isinstance(node, ast.AnnAssign) and node.value is not None and not is_bare_field(node.value):
+                    found.append(
+                        f"{where}:{node.lineno}: {schema.name}.{ast.unparse(node)}; the default belongs in conf/"
+                    )
+                for call in ast.walk(node) if isinstance(node, ast.AnnAssign) else ():
+                    if isinstance(call, ast.Call) and field_default(call):
+                        found.append(f"{where}:{node.lineno}: {ast.unparse(call)}; the default belongs in conf/")
     return found
 
 
@@ -199,12 +202,13 @@ def unsafe_calls(root: Path) -> list[str]:
 
 
 def broad_excepts(root: Path) -> list[str]:
-    """``except Exception`` stands at the two process borders only (verifier pool, actor call)."""
+    """``except Exception`` stands at the two process borders only (verifier pool, actor call), and where pieces of
+    somebody else's are tried out."""
     found = []
     for path, tree in modules(root / "rlprm"):
         where = relative(root, path)
         for node in ast.walk(tree):
-            if not isinstance(node, ast.ExceptHandler) or where.startswith(("rlprm/verify/", "rlprm/actors/")):
+            if not isinstance(node, ast.ExceptHandler) or where.startswith(BORDERS):
                 continue
             names = (
                 {"BaseException"}
@@ -238,7 +242,7 @@ def unread_keys(root: Path) -> list[str]:
     """Every key in conf/ is read: as an attribute somewhere in rlprm, or as an argument of what ``_target_`` names."""
     known: set[str] = set()
     for path, tree in modules(root / "rlprm"):
-        schema = relative(root, path) == "rlprm/config.py"
+        schema = relative(root, path).startswith("rlprm/config")
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 known.add(node.attr)

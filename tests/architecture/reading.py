@@ -75,7 +75,7 @@ def drops_one(part: ast.expr) -> bool:
 
 def schema_classes(path: Path) -> list[ast.ClassDef]:
     classes = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)] if path.exists() else []
-    models, before = {"BaseModel"}, 0
+    models, before = {"BaseModel", "Section"}, 0
     while len(models) != before:
         before = len(models)
         models |= {node.name for node in classes if {ast.unparse(base).split(".")[-1] for base in node.bases} & models}

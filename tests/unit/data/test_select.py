@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlprm.batch import Row
-from rlprm.core.row_scores import RowScore, of_steps
+from rlprm.core.row_scores import of_steps
 from rlprm.data.select import balanced, prof, removals
 from rlprm.errors import ConfigError
+from rlprm.roles import RowScore
 
 SETTINGS: dict[str, Any] = {
     "stream": "process", "keep": 2, "aggregate": "mean", "negatives": "lowest", "penalty": 0.0, "most_steps": None, "seed": 0,

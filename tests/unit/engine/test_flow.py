@@ -42,7 +42,7 @@ def test_pairs_stay_inside_the_response_and_its_sequence(layout):
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_states_are_those_of_plain_transformers(folder: str, layout: str):
-    states = LayerStates(folder, "float32", "cpu", [0.0, 1.0])
+    states = LayerStates(folder, "float32", "cpu", [0.0, 1.0], attention="sdpa")
     assert states.depths == (0.0, 0.5)  # of two layers: the first, and p = 1 is the last
     batch = micro(layout)
     found = states(batch)
@@ -56,9 +56,9 @@ def test_states_are_those_of_plain_transformers(folder: str, layout: str):
 
 
 def test_a_layer_counts_once_and_depths_outside_the_model_are_refused(folder: str):
-    assert LayerStates(folder, "float32", "cpu", [0.75, 0.5, 0.0]).depths == (0.0, 0.5)
+    assert LayerStates(folder, "float32", "cpu", [0.75, 0.5, 0.0], attention="sdpa").depths == (0.0, 0.5)
     with pytest.raises(ConfigError, match="depths from 0 to 1"):
-        LayerStates(folder, "float32", "cpu", [1.5])
+        LayerStates(folder, "float32", "cpu", [1.5], attention="sdpa")
 
 
 def test_a_new_network_predicts_no_velocity():

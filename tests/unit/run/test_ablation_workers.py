@@ -41,10 +41,9 @@ def test_in_one_process_a_failed_run_does_not_end_the_others(tmp_path):
 def test_gpus_are_dealt_out(tmp_path, monkeypatch):
     from tests.unit.run.test_ablation import planned
 
-    cpu, gpu = (
-        planned(tmp_path, "a", 0, f"placement={name}", *extra)
-        for name, extra in (("cpu", ()), ("gpu1", ("rollout=vllm_gpu",)))
-    )
+    cpu = planned(tmp_path)
+    engine = ("rollout=vllm_gpu", "rollout.engine.gpu_memory_utilization=0.4")
+    gpu = planned(tmp_path, "a", 0, "placement=gpu1", *engine)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7,9")
     assert _devices([cpu], 3) == [None] * 3
     assert _devices([cpu, gpu], 2) == ["2,3", "5,7"]

@@ -52,7 +52,7 @@ class Run:
         self.flushed += 1
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "checkpoints")
 
