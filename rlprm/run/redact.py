@@ -9,8 +9,8 @@ from typing import Any
 
 HIDDEN = "<redacted>"
 
-# "token" is also an ordinary word here: `pad_token`, `per_token` name no secret.
-_NOT_SECRET = ("eos", "bos", "pad", "unk", "sep", "cls", "stop", "mask", "per", "end", "start")
+# "token" is also an ordinary word here: `pad_token`, `last_token` name no secret.
+_NOT_SECRET = ("eos", "bos", "pad", "unk", "sep", "cls", "stop", "mask", "per", "end", "start", "first", "last")
 _WORD_TOKENS = "".join(f"(?<!{word}[_-])" for word in _NOT_SECRET)
 _SECRET_WORDS = (
     r"(?:api[_-]?key|access[_-]?key|private[_-]?key|secret(?:[_-]?key)?|password|passwd|passphrase|credentials?|authorization"

@@ -112,3 +112,14 @@ def test_no_planted_key_reaches_any_file_of_a_run(planted, tmp_path, monkeypatch
     assert found == set()
     # W&B was really there, and offline.
     assert list((run / "wandb").glob("offline-run-*-id1/*.wandb"))
+
+
+def test_no_key_of_the_shipped_configuration_looks_like_a_secret():
+    """A setting that is hidden in config.yaml could be neither resumed from nor exported."""
+    from rlprm.paths import conf_dir, recipes_dir
+    from tests.contract.options import leaves, read
+
+    files = sorted([*conf_dir().rglob("*.yaml"), *recipes_dir().rglob("*.yaml")])
+    names = {part for file in files for key, _ in leaves(read(file) or {}) for part in key.split(".")}
+    assert len(names) > 100
+    assert not sorted(name for name in names if is_secret_name(name))
