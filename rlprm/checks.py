@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Normalizers of their own that compare the responses of a group, and centres that do not.
 GROUPED = ("rlprm.core.drpo.drpo", "rlprm.core.best_of_group.best_of_group")
+PAIRED = ("ce_instance_balanced", "dpo", "dpo_detached", "nca", "kto_paired")  # PRM losses that compare responses
 UNGROUPED = ("none", "batch", "running")
 BUILT_IN: Mapping[str, Granularity] = {"outcome": "whole", "kl": "token"}
 # Names of the policy's own parts in checkpoints and exports: a source of that name would overwrite them.
@@ -57,6 +58,7 @@ def check_train(config: TrainConfig) -> None:
     _engine(config.rollout, config.placement)
     _pieces(config)
     _whitening(config)
+    _together(config)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -143,6 +145,7 @@ def _measured(section: ProcessSource | None) -> bool:
 def _groups(config: TrainConfig) -> None:
     if config.responses_per_prompt > 1:
         return
+    _compared(config)
     for name, stream in config.streams.items():
         normalizer = stream.normalizer or {}
         centre = normalizer.get("centre", "none")
@@ -156,6 +159,50 @@ def _groups(config: TrainConfig) -> None:
             f"streams.{name}.normalizer centres by {centre}, which compares responses to the same prompt, and "
             "responses_per_prompt is 1; use at least 2, or a normalizer without a group (raw, batch_mean)"
         )
+
+
+def _compared(config: TrainConfig) -> None:
+    """Estimators, PRM losses and selections that mean nothing for a single response."""
+    for name, stream in config.streams.items():
+        baseline = (stream.estimator or {}).get("baseline", "none")
+        if baseline != "none":
+            raise ValueError(
+                f"streams.{name}.estimator takes a baseline ({baseline}) from the other responses, and responses_per_prompt is "
+                "1; use at least 2, or baseline none"
+            )
+        loss = (stream.source.kind.get("loss") or {}).get("_target_", "") if stream.source is not None else ""
+        if loss.rpartition(".")[2] in PAIRED:
+            raise ValueError(
+                f"streams.{name}.source.kind.loss is {loss}, which compares responses to the same prompt, and "
+                "responses_per_prompt is 1; use at least 2, or another loss (ce, bco, kto_unpaired)"
+            )
+
+
+def _together(config: TrainConfig) -> None:
+    """Pieces of different sections that would undo each other without a word."""
+    from rlprm.run.factories import kind, settings, sources
+
+    keep = config.select.get("keep")
+    if keep is not None and keep >= config.responses_per_prompt:
+        raise ValueError(
+            f"select.keep is {keep} and responses_per_prompt {config.responses_per_prompt}: nothing would be selected; sample "
+            "more (PROF keeps 4 of 8), or keep fewer"
+        )
+    surrogate = config.policy_loss.surrogate["_target_"]
+    for name, section in sources(config).items():
+        weight, where = config.streams[name].weight, kind(section).granularity(**settings(section))
+        if surrogate == "rlprm.core.policy_loss_sequence.gspo" and weight and where != "whole":
+            raise ValueError(
+                f"policy_loss is gspo, which averages a response's advantages, and streams.{name} pays its {where}s one by one; "
+                "use policy_loss=gspo_token"
+            )
+    for name, stream in config.streams.items():
+        mode = config.policy_loss.aggregation
+        if (stream.normalizer or {}).get("_target_") == "rlprm.core.drpo.drpo" and mode != "seq-mean-token-mean":
+            raise ValueError(
+                f"streams.{name}.normalizer is drpo and policy_loss.aggregation {mode}; its weights are those of "
+                "seq-mean-token-mean (policy_loss=drpo)"
+            )
 
 
 def _kl(config: TrainConfig) -> None:
@@ -299,6 +346,7 @@ def _pieces(config: TrainConfig) -> None:
         "mismatch": lambda: mismatch_weights(one, one, one == 0, mode=gap.mode, cap=gap.cap, low=gap.low),
         "splitter": lambda: made(config.splitter)(["a"]),
         "keep.rule": lambda: made(config.keep.rule)([]),
+        "select": lambda: made(config.select)([], {name: {} for name in sections}),
     }
     for key, attempt in tries.items():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,25 @@ def joined(first: list[Rollout], second: list[Rollout]) -> list[Rollout]:
     return sorted([*first, *second], key=lambda rollout: (rollout.greedy, rollout.sample))
 
 
+Part = tuple[int, Request, Request]  # index of the request, the request, and what the engine is asked for
+
+
+def told_apart(parts: Iterable[Part]) -> list[dict[int, Part]]:
+    """Batches in which the first seed names the part, because an answer says no more of what it answers than its seeds.
+
+    One batch, unless two parts begin with the same seed.
+    """
+    batches: list[dict[int, Part]] = []
+    for each in parts:
+        seed = each[-1].seeds[0]
+        batch = next((batch for batch in batches if seed not in batch), None)
+        if batch is None:
+            batches.append({seed: each})
+        else:
+            batch[seed] = each
+    return batches
+
+
 class RolloutActor:
     """One engine in its own process."""
 
@@ -55,7 +74,7 @@ class RolloutActor:
 
         The pair is small and goes to the driver; the rollouts stay in the object store. What the engine aborts is
         sampled again with the same seeds: a fragment must never look like a response. A greedy response that was asked
-        for besides comes last in its group.
+        for besides comes last in its group. Requests that share seeds are sampled one after the other.
         """
         waiting, tries = requests, 0
         aborted = dict.fromkeys((index for index, _ in requests), 0)
@@ -63,10 +82,9 @@ class RolloutActor:
             if tries == MAX_TRIES:
                 raise WorkerLost(f"the engine aborted {len(waiting)} groups {tries} times; see its log")
             tries += 1
-            asked = {part.seeds[0]: (index, request, part) for index, request in waiting for part in parts_of(request)}
+            batches = told_apart((index, request, part) for index, request in waiting for part in parts_of(request))
             waiting, held = [], dict[int, list[Rollout]]()
-            for found in self._generator.generate([part for _, _, part in asked.values()]):
-                index, request, part = asked[found[0].seed]
+            for (index, request, part), found in self._answers(batches):
                 mine = found if part is request else [replace(each, greedy=True) for each in found]
                 rollouts = joined(held.pop(index, []), mine)
                 if len(rollouts) < len(request.seeds) + request.with_greedy:
@@ -78,6 +96,12 @@ class RolloutActor:
                     continue
                 yield index, aborted[index]
                 yield rollouts
+
+    def _answers(self, batches: Iterable[dict[int, Part]]) -> Iterator[tuple[Part, list[Rollout]]]:
+        """What was asked for with its rollouts, as the engine finishes them."""
+        for batch in batches:
+            for found in self._generator.generate([part for _, _, part in batch.values()]):
+                yield batch[found[0].seed], found
 
     def sample_all(self, requests: list[Request]) -> list[list[Rollout]]:
         """The rollouts of each request at once, for callers that need all of them; aborted ones are sampled again."""

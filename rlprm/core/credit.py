@@ -25,7 +25,7 @@ from rlprm.records import Advantages, Shard, Stream
 from rlprm.roles import Reduce
 
 KL, BASELINE = "kl", "baseline"
-
+OTHER_CENTRES = ("best_of_group", "drpo", "minus_greedy")  # normalizers of their own that take a baseline away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,11 @@ class StreamPlan:
             raise ConfigError(
                 f"stream {self.name!r} is centred twice: by its normalizer ({_centre(self.normalizer)}) and by its estimator's "
                 f"baseline ({_baseline(self.estimator)}); set the normalizer to raw, or the estimator's baseline to none"
+            )
+        if _accumulates(self.normalizer) and self.estimator is not none:
+            raise ConfigError(
+                f"stream {self.name!r} is summed up twice: by its normalizer (accumulate {_accumulates(self.normalizer)}) and by "
+                "its estimator; set the estimator to none, or the normalizer's accumulate"
             )
         if self.name == BASELINE:
             raise ConfigError("`baseline` is the critic's own part; give the stream another name")
@@ -147,7 +152,9 @@ def credit(
         **credit_metrics.agreement_metrics(given, shard, reduce),
         **credit_metrics.advantage_metrics(parts, total, mask, reduce),
     }
-    return Credit(advantages=Advantages(total=total, parts=parts), value_targets=value_targets, metrics=metrics, moments=seen)
+    return Credit(
+        advantages=Advantages(total=total, parts=parts), value_targets=value_targets, metrics=metrics, moments=seen
+    )
 
 
 def check_plans(plans: Sequence[StreamPlan], critic: CriticPlan | None) -> None:
@@ -162,6 +169,10 @@ def check_plans(plans: Sequence[StreamPlan], critic: CriticPlan | None) -> None:
     if critic is None:
         return
     for plan in plans:
+        if _accumulates(plan.normalizer):
+            raise ConfigError(
+                f"with a critic GAE accumulates stream {plan.name!r}; set its normalizer's accumulate to none"
+            )
         if plan.estimator is not none:
             raise ConfigError(f"with a critic GAE accumulates stream {plan.name!r}; set its estimator to none")
         if plan.gate not in (open_gate, trust_gate):
@@ -189,8 +200,18 @@ def kl_stream(old_logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B
 
 def _centre(normalizer: Callable[..., Tensor]) -> str | None:
     """The axis by which a normalizer centres; None where it does not."""
-    centre = getattr(normalizer, "keywords", {}).get("centre", "none")
+    settings = getattr(normalizer, "keywords", {})
+    name = getattr(getattr(normalizer, "func", normalizer), "__name__", "")
+    if name in OTHER_CENTRES or settings.get("scale") == "rank":
+        return name if name in OTHER_CENTRES else "rank"
+    centre = settings.get("centre", "none")
     return None if centre == "none" else centre
+
+
+def _accumulates(normalizer: Callable[..., Tensor]) -> str | None:
+    """How a normalizer sums a row's entries up; None where it does not."""
+    accumulate = getattr(normalizer, "keywords", {}).get("accumulate", "none")
+    return None if accumulate == "none" else accumulate
 
 
 def _baseline(estimator: Callable[..., Tensor]) -> str | None:
@@ -260,5 +281,3 @@ def _weighted(
         received = none(rewards, stream.present, shard)
         estimate, _ = gae(received, torch.zeros_like(received), shard.response_mask, critic.gamma, critic.lam)
     return plan.weight * torch.where(shard.train[:, None], estimate, torch.zeros_like(estimate))
-
-

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlprm.core.steps import last_of, to_step_ends
+from rlprm.core.steps import last_of, step_counts, to_step_ends
 from rlprm.errors import ConfigError
 from rlprm.records import Stream
 
@@ -107,4 +107,4 @@ def steps_of(step_index: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     >>> steps_of(torch.tensor([[-1, 0, 0, 1], [-1, -1, -1, -1]])).tolist()
     [2, 1]
     """
-    return (step_index.amax(1) + 1).clamp_min(1)
+    return step_counts(step_index).clamp_min(1)

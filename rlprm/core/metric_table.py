@@ -44,7 +44,7 @@ PRM = """
     pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
     pair_acc_fresh_no_last  | 1    | the same without each response's last step
     pair_acc_surprisal      | 1    | the same of the baseline log pi_ref
-    auc_fresh               | 1    | AUC of r(y) against outcomes, fresh and before learning
+    auc_fresh               | 1    | AUC of r(y) (rewards: sum; probabilities of steps: mean) against outcomes, fresh and before learning
     auc_fresh_no_last       | 1    | the same without each response's last step
     auc_surprisal           | 1    | the same of the baseline log pi_ref
     step_auc                | 1    | AUC of step rewards against exact step labels
@@ -54,7 +54,7 @@ PRM = """
     first_wrong_hit_chance  | 1    | the same of a blind guess: mean of 1 / steps
     mixed_groups            | 1    | fresh groups with right and wrong responses
     fresh_rows              | 1    | fresh responses measured
-    ece                     | 1    | expected calibration error of sigmoid(r(y))
+    ece                     | 1    | expected calibration error of sigmoid(r(y)); of probabilities: of their mean over steps
     corr_with_outcome       | 1    | correlation of r(y) with the outcome
     kl_to_ref               | nats | mean of log pi_phi - log pi_ref on response tokens
     log_ratio_abs           | nats | mean abs(log pi_phi - log pi_ref) summed over a response

@@ -123,6 +123,17 @@ def num_steps(step_index: Int[Tensor, "B T"]) -> int:
     return int(step_index.max()) + 1 if step_index.numel() else 0
 
 
+def step_counts(step_index: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Steps of each row; 0 for a row without any, also where no row has a token.
+
+    >>> step_counts(torch.tensor([[-1, 0, 0, 1], [-1, -1, -1, -1]])).tolist()
+    [2, 0]
+    """
+    if step_index.shape[1] == 0:  # nothing to take the largest of: a rank without rows
+        return torch.zeros(len(step_index), dtype=step_index.dtype, device=step_index.device)
+    return step_index.amax(1) + 1
+
+
 def step_sums(
     values: Float[Tensor, "B T"], present: Bool[Tensor, "B T"], step_index: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B S"]:

@@ -25,6 +25,7 @@ from rlprm.engine.critic import Critic
 from rlprm.engine.distributed import rank
 from rlprm.engine.learner import Learner, Outputs
 from rlprm.engine.weights import Digest, Group, Manifest, buckets, make_group, recorded, send
+from rlprm.errors import CheckpointError
 from rlprm.records import JaggedShard, MicroBatch, Shard, Stream
 from rlprm.roles import Reduce
 
@@ -332,7 +333,13 @@ class Policy:
 
     def load(self, folder: str) -> None:
         self._learner.load(folder)
-        saved = json.loads((Path(folder) / MOMENTS).read_text(encoding="utf-8"))
+        try:
+            saved = json.loads((Path(folder) / MOMENTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}/{MOMENTS} cannot be read ({error}); the checkpoint is damaged or of another version: resume an "
+                "older one, or start anew"
+            ) from error
         self._moments = {name: Moments.from_dict(each) for name, each in saved.items()}
         if self._critic is not None:
             self._critic.learner.load(f"{folder}_critic")

@@ -82,6 +82,7 @@ def load_prm(
     path: str,
     dtype: models.DType,
     *,
+    attention: models.Attention,
     head: Literal["classifier", "value", "vocabulary"],
     candidates: tuple[int, int] | None,
     token_budget: int,
@@ -96,11 +97,11 @@ def load_prm(
     """
     if head == "vocabulary":
         assert candidates is not None
-        causal = models.load_causal(path, dtype, attention="sdpa", gradient_checkpointing=False)
+        causal = models.load_causal(path, dtype, attention=attention, gradient_checkpointing=False)
         top = _rows(causal.get_output_embeddings(), candidates)
         return StepPrm(causal, top, token_budget=token_budget, layout=layout, device=device)
     weights = head_weights(path, VALUE_HEAD if head == "value" else None)  # first: refuses what is not safetensors
-    decoder = models.load_decoder(path, dtype, attention="sdpa")
+    decoder = models.load_decoder(path, dtype, attention=attention)
     top = made_head(weights, path).to(getattr(torch, dtype))
     return StepPrm(decoder, top, token_budget=token_budget, layout=layout, device=device)
 

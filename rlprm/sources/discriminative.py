@@ -11,7 +11,7 @@ from torch import Tensor
 from rlprm.batch import unflatten
 from rlprm.core.implicit import Granularity
 from rlprm.core.metrics import Mean
-from rlprm.core.steps import num_steps, place_at_step_ends
+from rlprm.core.steps import num_steps, place_at_step_ends, step_counts
 from rlprm.engine.combine import Measured
 from rlprm.engine.prm_head import load_prm
 from rlprm.errors import AlignmentError, ConfigError
@@ -33,7 +33,8 @@ class DiscriminativePrm(ProcessSource):
     step and pay one number at the last token.
 
     Not present, and counted: steps behind the PRM's length limit, and responses that hold control tokens of the PRM,
-    which could write verdicts of their own. The PRM never learns here.
+    which could write verdicts of their own. Its quality is measured on present steps alone; a response's number is their
+    mean, because a sum would pay for length. The PRM never learns here.
     """
 
     reads_text = True
@@ -57,6 +58,7 @@ class DiscriminativePrm(ProcessSource):
         self._prm = load_prm(
             context.model,
             context.dtype,
+            attention=context.attention,
             head=self._format.head,
             candidates=self._format.candidates,
             token_budget=context.token_budget,
@@ -100,7 +102,7 @@ class DiscriminativePrm(ProcessSource):
         cut = sum(self._cut(reading) for reading in readings if not reading.forged)
         return Scores(
             streams={OWN: Stream(rewards=rewards, present=there)},
-            measurement=measure(given.shard, rewards, ref),
+            measurement=measure(given.shard, rewards, there, ref, pooling="mean", scale=self._range),
             metrics=Measured(
                 partial={
                     "prm/frac_steps_cut": Mean(float(cut), float(steps)),
@@ -162,9 +164,9 @@ def _required(value: Any, what: str) -> Any:
 
 
 def _check_steps(shard: Shard, texts: Sequence[RowText]) -> None:
-    for row, (last, text) in enumerate(zip(shard.step_index.amax(1).tolist(), texts, strict=True)):
-        if last + 1 != len(text.steps):
+    for row, (count, text) in enumerate(zip(step_counts(shard.step_index).tolist(), texts, strict=True)):
+        if count != len(text.steps):
             raise AlignmentError(
-                f"row {row} ({text.prompt.id}) has {last + 1} steps by its tokens and {len(text.steps)} by its text; both "
+                f"row {row} ({text.prompt.id}) has {count} steps by its tokens and {len(text.steps)} by its text; both "
                 "come from the splitter and must be equal"
             )

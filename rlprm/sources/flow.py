@@ -34,8 +34,8 @@ class FlowReward(ProcessSource):
     learnt from it. ``learn_at``: noise levels of training, the rewarding ones (``taus``, as the authors' RL code does) or
     ``uniform`` over (0, 1).
 
-    Differs: noise is drawn from (seed, step, row, layer, tau), so equal runs give equal rewards, however rows are spread
-    over ranks; the authors draw fresh noise at each call. They train the network offline on good solutions beforehand;
+    Differs: noise is drawn from (seed, step, row, layer, tau), anew for rewards and for each pass of learning, so equal
+    runs give equal rewards, however rows are spread over ranks; the authors draw fresh noise at each call. They train the network offline on good solutions beforehand;
     here it may start from a state that an earlier run saved (``initial``), and pays nothing in its first ``quiet`` steps,
     in which it only learns: a new network deviates by the size of a state, not by how unusual it is.
     """
@@ -121,10 +121,7 @@ class FlowReward(ProcessSource):
                 found = [
                     debiased(
                         torch.stack(
-                            [
-                                self._errors(target, condition, keys, depth, torch.full((len(keys),), tau))
-                                for tau in self._taus
-                            ]
+                            [self._errors(target, condition, keys, depth, tau) for tau in self._taus]
                         ).cpu(),
                         torch.tensor(self._taus, dtype=torch.float64),
                     )
@@ -181,14 +178,12 @@ class FlowReward(ProcessSource):
 
     def _loss(self, micro: MicroBatch, keys: Sequence[tuple[object, ...]]) -> Float[Tensor, ""]:
         """Sum over tokens of the mean error over layers and noise levels."""
-        losses = []
-        for depth, target, condition in self._pairs(micro):
-            levels = (
-                [torch.full((len(keys),), tau) for tau in self._taus]
-                if self._learn_at == "reward"
-                else [torch.cat([draw((*key, "level", depth), (size,), "uniform") for key, size in counted(keys)])]
-            )
-            losses += [self._errors(target, condition, keys, depth, level).sum() for level in levels]
+        taus = self._taus if self._learn_at == "reward" else [None]
+        losses = [
+            self._errors(target, condition, keys, depth, tau).sum()
+            for depth, target, condition in self._pairs(micro)
+            for tau in taus
+        ]
         return torch.stack(losses).mean()
 
     def _step(self) -> float:
@@ -208,10 +203,16 @@ class FlowReward(ProcessSource):
         condition: Float[Tensor, "n h"],
         keys: Sequence[tuple[object, ...]],
         depth: float,
-        level: Float[Tensor, " n"],
+        tau: float | None,
     ) -> Float[Tensor, " n"]:
+        """Errors at noise level ``tau``, with noise of its own for each tau; None: each pair at a drawn level."""
+        level = (
+            torch.cat([draw((*key, "level", depth), (size,), "uniform") for key, size in counted(keys)])
+            if tau is None
+            else torch.full((len(keys),), tau)
+        )
         noise = torch.cat(
-            [draw((*key, "noise", depth), (size, target.shape[1]), "normal") for key, size in counted(keys)]
+            [draw((*key, "noise", depth, tau), (size, target.shape[1]), "normal") for key, size in counted(keys)]
         )
         return self._network.errors(target, condition, noise.to(target), level.to(target), depth)
 

@@ -157,7 +157,10 @@ class ImplicitPrm(ProcessSource):
                 padded.response_mask,
                 self._beta,
             ),
+            padded.response_mask,
             unflatten(_required(given.ref), shard.lengths),
+            pooling="sum",
+            scale="logit",
         )
         if self._update == "before":
             self._learned = self._learn(given)

@@ -27,8 +27,7 @@ from rlprm.sources.judge_engines import OwnEngines
 from rlprm.sources.judge_prompts import JudgePrompt, Reply
 from rlprm.sources.judge_votes import COUNTING, Rule, Vote, disagreement, merged
 
-SEED_BYTES = 4
-SEED_RANGE = 2**31  # some servers read a seed as a signed 32-bit number
+SEED_BYTES = 6
 
 Pays = Literal["step", "verdict", "fraction"]
 Where = Literal["step_end", "step_tokens"]
@@ -311,6 +310,5 @@ def _mean(values: Sequence[float]) -> Mean:
 
 
 def _seed(*parts: int) -> int:
-    """Another seed for every run, step, row, part of a question and vote."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=SEED_BYTES).digest()
-    return int.from_bytes(digest, "big") % SEED_RANGE
+    """A 48-bit seed: another for every run, step, row, part of a question and vote."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=SEED_BYTES).digest(), "big")

@@ -23,6 +23,7 @@ from rlprm.sources.judge_prompts import Question, Reply
 FATAL = {401: "refused the key", 403: "refused the key", 404: "knows no such address or model"}
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_S = 60.0
+SEED_RANGE = 2**31  # some servers read a seed as a signed 32-bit number; two questions may share one without harm
 SMALLEST_PROBABILITY = math.log(1e-30)
 
 
@@ -121,7 +122,7 @@ class EndpointClient:
             "messages": [{"role": "user", "content": asked.question.text}],
             "temperature": asked.temperature,
             "max_tokens": asked.max_tokens,
-            "seed": seed,
+            "seed": seed % SEED_RANGE,
         }
         if asked.question.words is not None:
             body |= {"logprobs": True, "top_logprobs": self._endpoint.top_logprobs}
@@ -134,7 +135,7 @@ class EndpointClient:
             pause = self._endpoint.backoff_s * 2**attempt
             try:
                 response = self._http.post(self._address, json=body)
-            except httpx.TransportError:
+            except (httpx.TransportError, httpx.DecodingError):  # no answer, or a body that cannot be unpacked
                 response = None
             if response is not None and response.status_code in FATAL:
                 # The body is not repeated: servers quote a part of the key in it.
@@ -222,17 +223,14 @@ def _read_choice(answer: Any, question: Question) -> Reply | None:
 def _probability(pieces: Sequence[Any], text: str, question: Question) -> float | None:
     """From the alternatives returned at the verdict's token; a word that is not among them counts as the least likely.
 
-    Spellings of a word (`` yes``, ``Yes``) count together. None: no verdict, or neither word is among the alternatives.
+    Spellings of a word (`` yes``, ``Yes``) count together. None: no verdict, its token is not to be found, or neither
+    word is among the alternatives.
     """
     span = None if question.words is None else question.form.span(question.marker, text)
     if span is None or question.words is None:
         return None
-    end = 0
-    for piece in pieces:
-        end += len(piece["token"])
-        if end > span[0]:
-            break
-    else:
+    piece = _piece_at(pieces, text[span[0] :].rstrip())
+    if piece is None:
         return None
     found = [(each["token"].strip().casefold(), float(each["logprob"])) for each in piece["top_logprobs"]]
     likely = [[logprob for token, logprob in found if token == word] for word in question.words]
@@ -244,3 +242,20 @@ def _probability(pieces: Sequence[Any], text: str, question: Question) -> float 
         for logprobs in likely
     )
     return preference(first, second)
+
+
+def _piece_at(pieces: Sequence[Any], tail: str) -> Any | None:
+    """The token with which ``tail``, the end of the reply, begins; None where the tokens do not end with it.
+
+    Counted from the end, because tokens before it may have other texts than the reply: a part of a character is spelled
+    as bytes, and reasoning may be among the tokens and not in the reply.
+    """
+    for kept in (pieces, pieces[:-1]):  # many servers list the token that ends a reply, which is no part of its text
+        found = ""
+        for piece in reversed(kept):
+            found = (piece["token"] + found).rstrip()
+            if len(found) >= len(tail):
+                if found.endswith(tail):
+                    return piece
+                break
+    return None

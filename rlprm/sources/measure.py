@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,59 +24,110 @@ from rlprm.core.quality import (
     pair_accuracy,
     step_auc,
 )
-from rlprm.core.steps import step_sums
+from rlprm.core.steps import step_counts, step_sums
 from rlprm.records import JaggedShard, Record, cat
 
 NUM_BINS = 10
+CERTAIN = 1e-6  # a probability closer to 0 or 1 is moved here: its log-odds stay finite
+
+Pooling = Literal["sum", "mean"]
+Scale = Literal["logit", "probability", "plus_minus"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows(Record):
-    """One row per fresh response that has a verdict."""
+    """One row per fresh response that has a verdict and of which the source said anything."""
 
     outcome: Float[Tensor, " n"]
     group: Int[Tensor, " n"]
     reward: Float[Tensor, " n"]  # r(y)
     reward_no_last: Float[Tensor, " n"]  # without the last step, which often just states the answer
+    no_last_present: Bool[Tensor, " n"]  # False where nothing is left to be pooled then
+    logit: Float[Tensor, " n"]  # log-odds that the response is right, as r(y) says
     surprisal: Float[Tensor, " n"]  # log pi_ref(y): the baseline
     surprisal_no_last: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What one rank saw: rows, and per row the rewards, baseline and exact labels of its steps."""
+    """What one rank saw: rows, and per row the rewards, baseline and exact labels of its steps (-1: absent or unknown)."""
 
     rows: Rows
     steps: tuple[tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]], ...]
 
 
-def measure(shard: JaggedShard, rewards: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Measurement:
-    """The fresh rows of a shard, scored by per-token ``rewards`` and by surprisal."""
+def measure(
+    shard: JaggedShard,
+    rewards: Float[Tensor, "B T"],
+    present: Bool[Tensor, "B T"],
+    ref_logprobs: Float[Tensor, "B T"],
+    *,
+    pooling: Pooling,
+    scale: Scale,
+) -> Measurement:
+    """The fresh rows of a shard, scored by per-token ``rewards`` where they are ``present``, and by surprisal.
+
+    A step's reward is the sum of its present tokens'. ``r(y)`` is the sum of steps (implicit PRM: a log-ratio adds up
+    over tokens) or the mean of present steps (a probability per step: the sum would grow with their number, so that six
+    steps at 0.4 beat two at 0.95). ``scale`` says how ``r(y)`` is read as the chance of being right, for calibration:
+    ``logit``: ``sigmoid(r)``; ``probability``: r itself; ``plus_minus``: ``(r + 1) / 2``.
+
+    A response without any present step is left out, under either yardstick; absent steps take no part in step measures.
+    A shard without rows gives an empty measurement.
+    """
     padded = pad(shard)
-    chosen = padded.fresh & padded.outcome_present
-    by_step, base_by_step = (
-        step_sums(each, padded.response_mask, padded.step_index) for each in (rewards, ref_logprobs)
-    )
-    last = padded.step_index.amax(1)
-    before_last = torch.arange(by_step.shape[1])[None, :] < last[:, None]
+    by_step = step_sums(rewards, present, padded.step_index)
+    base_by_step = step_sums(ref_logprobs, padded.response_mask, padded.step_index)
+    there = step_sums(torch.ones_like(rewards), present, padded.step_index) > 0
+    counts = step_counts(padded.step_index)
+    before_last = torch.arange(by_step.shape[1])[None, :] < (counts - 1)[:, None]
+    reward, said = _pooled(by_step, there, counts > 0, pooling)
+    no_last, no_last_said = _pooled(by_step, there & before_last, counts > 1, pooling)
     zero = torch.zeros((), dtype=by_step.dtype)
+    chosen = padded.fresh & padded.outcome_present & said
     rows = Rows(
         outcome=padded.outcome,
         group=padded.group,
-        reward=by_step.sum(1),
-        reward_no_last=torch.where(before_last, by_step, zero).sum(1),
+        reward=reward,
+        reward_no_last=no_last,
+        no_last_present=no_last_said,
+        logit=_log_odds(reward, scale),
         surprisal=base_by_step.sum(1),
         surprisal_no_last=torch.where(before_last, base_by_step, zero).sum(1),
     ).select(chosen)
     steps = tuple(
         (
-            tuple(by_step[row, : last[row] + 1].tolist()),
-            tuple(base_by_step[row, : last[row] + 1].tolist()),
-            step_labels(padded.step_index[row], padded.step_label[row], int(last[row]) + 1),
+            tuple(by_step[row, : counts[row]].tolist()),
+            tuple(base_by_step[row, : counts[row]].tolist()),
+            tuple(
+                label if known else -1
+                for label, known in zip(
+                    step_labels(padded.step_index[row], padded.step_label[row], int(counts[row])),
+                    there[row].tolist(),
+                    strict=False,  # the row is as wide as the longest
+                )
+            ),
         )
         for row in chosen.nonzero().flatten().tolist()
     )
     return Measurement(rows=rows, steps=steps)
+
+
+def _pooled(
+    by_step: Float[Tensor, "B S"], there: Bool[Tensor, "B S"], any_step: Bool[Tensor, " B"], pooling: Pooling
+) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
+    """``r(y)``, and where there is one: a sum over no step at all is 0, a mean over none is nothing."""
+    count = there.sum(1)
+    total = torch.where(there, by_step, torch.zeros_like(by_step)).sum(1)
+    if pooling == "sum":
+        return total, (count > 0) | ~any_step
+    return total / count.clamp_min(1), count > 0
+
+
+def _log_odds(reward: Float[Tensor, " B"], scale: Scale) -> Float[Tensor, " B"]:
+    if scale == "logit":
+        return reward
+    return (reward if scale == "probability" else (reward + 1) / 2).logit(eps=CERTAIN)
 
 
 def step_labels(index: Int[Tensor, " T"], label: Int[Tensor, " T"], count: int) -> tuple[int, ...]:
@@ -96,16 +148,16 @@ def quality(measurements: Sequence[Measurement]) -> dict[str, float]:
     rows = cat([each.rows for each in measurements])
     steps = [step for each in measurements for step in each.steps]
     everything: Bool[Tensor, " n"] = torch.ones(len(rows), dtype=torch.bool)
-    right = rows.outcome > 0.5
+    right, left = rows.outcome > 0.5, rows.no_last_present
     accuracy, mixed = pair_accuracy(rows.reward, rows.outcome, everything, rows.group)
     found: dict[str, float | None] = {
         "prm/pair_acc_fresh": accuracy,
-        "prm/pair_acc_fresh_no_last": pair_accuracy(rows.reward_no_last, rows.outcome, everything, rows.group)[0],
+        "prm/pair_acc_fresh_no_last": pair_accuracy(rows.reward_no_last, rows.outcome, left, rows.group)[0],
         "prm/pair_acc_surprisal": pair_accuracy(rows.surprisal, rows.outcome, everything, rows.group)[0],
         "prm/auc_fresh": auc(rows.reward, right),
-        "prm/auc_fresh_no_last": auc(rows.reward_no_last, right),
+        "prm/auc_fresh_no_last": auc(rows.reward_no_last[left], right[left]),
         "prm/auc_surprisal": auc(rows.surprisal, right),
-        "prm/ece": expected_calibration_error(rows.reward, rows.outcome, NUM_BINS),
+        "prm/ece": expected_calibration_error(rows.logit, rows.outcome, NUM_BINS),
         "prm/corr_with_outcome": correlation(rows.reward, rows.outcome),
         "prm/mixed_groups": float(mixed),
         "prm/fresh_rows": float(len(rows)),

@@ -28,7 +28,8 @@ AT_START = -1  # the prefix that ends before the first step: the prompt alone
 class Prefix:
     """The beginning of row ``row`` that ends with step ``step``: what the prover continues."""
 
-    row: int
+    row: int  # of this rank's shard
+    number: int  # of the row in the batch: the same on any number of ranks
     step: int
     prompt: Prompt
     tokens: tuple[int, ...]  # of the response
@@ -154,6 +155,7 @@ class Prover(ProcessSource):
                 found.append(
                     Prefix(
                         row,
+                        int(shard.row[row]),
                         step,
                         given.texts[row].prompt,
                         tuple(shard.tokens[begin:end].tolist()),
@@ -165,13 +167,13 @@ class Prover(ProcessSource):
     def _request(self, step: int, prefix: Prefix) -> Request:
         prompt = replace(
             prefix.prompt,
-            id=f"{prefix.prompt.id}+{prefix.row}.{prefix.step}",
+            id=f"{prefix.prompt.id}+{prefix.number}.{prefix.step}",
             tokens=(*prefix.prompt.tokens, *prefix.tokens),
         )
         return Request(
             prompt=prompt,
             seeds=tuple(
-                continuation_seed(self._seed, self.name, step, prefix.prompt.id, prefix.row, prefix.step, sample)
+                continuation_seed(self._seed, self.name, step, prefix.prompt.id, prefix.number, prefix.step, sample)
                 for sample in range(self._samples)
             ),
             temperature=self._temperature,

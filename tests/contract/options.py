@@ -61,6 +61,10 @@ COMPANIONS = {
         f"judge_prompt/{prompt}": ["streams.process.source.kind.pays=verdict"]
         for prompt in ("reasoning_quality", "rubric", "whole_verdict")
     },
+    # 4 of 8 are kept
+    "method/prof": ["responses_per_prompt=8"],
+    "select/prof": ["responses_per_prompt=8"],
+    "normalizer/spro": ["estimator@streams.process.estimator=none"],  # it sums up itself
     "estimator/pure_sum": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
 }
 # Merges by which one stream takes another in, which then has no pieces of its own.

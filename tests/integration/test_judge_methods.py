@@ -80,7 +80,7 @@ def test_a_judge_that_says_nothing_readable_pays_nothing_and_the_run_goes_on(
 ) -> None:
     """A random model on a vLLM engine of its own: every reply is noise."""
     folder = tmp_path / "judge"
-    write_model_folder(folder, 1, hidden=32, layers=1, heads=2, mlp=64, context=1024)
+    write_model_folder(folder, 1, hidden=64, layers=1, heads=2, mlp=64, context=1024)
     done = train(
         tmp_path, model, *VLLM, "steps=2", "method=tp_grpo", "judge_client@streams.process.source.kind.client=engines_plain",
         f"streams.process.source.model={folder}", "streams.process.source.kind.max_tokens=32",

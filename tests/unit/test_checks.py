@@ -19,6 +19,8 @@ BASES: dict[str, list[str]] = {
     "ppo": ["method=ppo"],
     "reinforce": ["method=outcome_reinforce_pp"],
     "oracle": ["method=oracle"],
+    "prof": ["method=prof", "responses_per_prompt=8", "streams.process.source.model=x"],
+    "drpo": ["method=drpo"],
     "judge": ["method=capo", f"streams.process.source.kind.client.url={listing.JUDGE}"],
     "gpu": ["placement=gpu1", "rollout=vllm_gpu", "rollout.engine.gpu_memory_utilization=0.4"],
 }
@@ -59,6 +61,10 @@ RAW = {
     "clip_first": None, "accumulate": "none", "centre": "none", "scale": "none", "order": "none", "bound": "none",
     "eps": 0.0, "decay": None,
 }  # fmt: skip
+RANK = {**RAW, "unit": "response", "scale": "rank"}
+GSPO = {
+    "_target_": "rlprm.core.policy_loss_sequence.gspo", "_partial_": True, "clip_low": 3.0e-4, "clip_high": 4.0e-4,
+}  # fmt: skip
 VERDICT = {
     "source": {
         "kind": {"_target_": "rlprm.sources.base.OutputOf", "_partial_": True, "of": "process", "output": "verdict"},
@@ -87,6 +93,22 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
         ("prime", {"streams.process.normalizer": RAW, "streams.process.estimator": SOFTMIN}, "streams: .*one reward"),
         ("oracle", {"streams.process.estimator": SOFTMIN}, "'process' is centred twice: .*step_index.* baseline"),
         ("judge", {"streams.process.source.kind.client.url": None}, "streams.process.source: .*endpoint"),
+        ("oracle", {"streams.process.normalizer": RANK, "streams.process.estimator": SOFTMIN}, "centred twice: .*rank"),
+        ("prime", {"streams.process.normalizer": {**RAW, "accumulate": "prefix"}}, "'process' is summed up twice"),
+        ("prof", {"responses_per_prompt": 4}, "select.keep is 4 and responses_per_prompt 4: nothing would be selected"),
+        ("prof", {"select.stream": "elsewhere"}, "select: select reads the process rewards of stream 'elsewhere'"),
+        ("prime", {"policy_loss.surrogate": GSPO}, "gspo, which averages .* streams.process pays its tokens one by one"),
+        ("drpo", {"policy_loss.aggregation": "token-mean"}, "its weights are those of seq-mean-token-mean"),
+        (
+            "oracle",
+            {
+                "streams.process.normalizer": RAW,
+                "streams.process.estimator": SOFTMIN,
+                "streams.outcome.normalizer": RAW,
+                "responses_per_prompt": 1,
+            },
+            "takes a baseline .token. from the other responses, and responses_per_prompt is 1",
+        ),
         ("oracle", {"streams.process.source.model": "x"}, "streams.process.source: ExactSteps has no model"),
         (
             "prime",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,42 @@ def test_an_aborted_group_is_sampled_again_and_counted():
     assert [found[0], found[2]] == [(1, 0), (0, 3)]  # all three samples of the group were thrown away
     assert [each.finish for each in found[3]] == ["stop"] * 3
     assert tuple(each.seed for each in found[3]) == asked[0][1].seeds
+
+
+def sharing_a_seed(greedy: bool = False) -> list[Request]:
+    """Three requests, of which the last begins with the first one's seed."""
+    asked = rollouts(greedy=greedy).requests([prompt(0), prompt(1), prompt(2)], 1, 0)
+    return [*asked[:2], replace(asked[2], seeds=(asked[0].seeds[0], *asked[2].seeds[1:]))]
+
+
+def test_requests_that_begin_with_the_same_seed_are_all_answered():
+    engine = Engine({})
+    asked = sharing_a_seed()
+    found = actor(engine).sample_all(asked)
+    assert engine.asked == [["a/0", "a/1"], ["a/2"]]  # never in one call, where the answers could not be told apart
+    assert [tuple(each.seed for each in group) for group in found] == [request.seeds for request in asked]
+    assert [{each.prompt.id for each in group} for group in found] == [{"a/0"}, {"a/1"}, {"a/2"}]
+
+
+def test_the_same_request_twice_is_answered_twice():
+    (request,) = rollouts().requests([prompt(0)], 1, 0)
+    first, second = actor(Engine({})).sample_all([request, request])
+    assert first == second
+
+
+def test_with_a_greedy_response_besides_a_shared_seed_loses_nothing_either():
+    engine = Engine({"a/2": 1})
+    found = actor(engine).sample_all(sharing_a_seed(greedy=True))
+    assert engine.asked == [["a/0", "a/0", "a/1", "a/1"], ["a/2", "a/2"], ["a/2", "a/2"]]  # the last: aborted, again
+    assert [[each.greedy for each in group] for group in found] == [[False, False, False, True]] * 3
+    assert [{each.prompt.id for each in group} for group in found] == [{"a/0"}, {"a/1"}, {"a/2"}]
+
+
+def test_groups_come_before_a_later_batch_is_asked_for():
+    engine = Engine({})
+    finished = actor(engine).sample(list(enumerate(sharing_a_seed())))
+    assert next(finished) == (0, 0)
+    assert engine.asked == [["a/0", "a/1"]]
 
 
 def test_an_engine_that_always_aborts_is_an_error():

@@ -45,6 +45,18 @@ def test_the_request_is_what_the_protocol_asks_for():
     assert "authorization" not in headers
 
 
+def test_seeds_are_cut_to_what_every_server_can_read():
+    seen = []
+
+    def answer(body, headers):
+        seen.append(body["seed"])
+        return 200, said("fine"), {}
+
+    with serving(answer) as url:
+        EndpointClient(endpoint(url, concurrency=1)).replies([asked(seeds=(2**47 + 5, 2**31 - 1, 2**31))])
+    assert seen == [5, 2**31 - 1, 0]
+
+
 def test_replies_come_in_the_order_of_the_questions_and_no_more_than_the_limit_at_once():
     lock, now, most = threading.Lock(), [0], [0]
 
@@ -118,6 +130,19 @@ def test_an_answer_without_a_reply_is_no_reply_and_not_asked_for_again(answer):
     with serving(answering) as url:
         assert EndpointClient(endpoint(url, retries=3)).replies([asked()]) == [[None]]
     assert len(tries) == 1
+
+
+def test_a_body_that_cannot_be_unpacked_is_tried_again_and_then_no_reply():
+    tries = []
+
+    def answer(body, headers):
+        tries.append(1)
+        return (200, b"no gzip", {"content-encoding": "gzip"}) if len(tries) < 3 else (200, said("at last"), {})
+
+    with serving(answer) as url:
+        assert EndpointClient(endpoint(url, retries=1)).replies([asked()]) == [[None]]
+        assert len(tries) == 2
+        assert EndpointClient(endpoint(url)).replies([asked()])[0][0].text == "at last"
 
 
 @pytest.mark.parametrize("content", [said("verdict", finish="length"), said(None)])
@@ -247,6 +272,55 @@ def test_probability_from_the_alternatives_at_the_verdict(top, expected):
         (reply,) = EndpointClient(endpoint(url, top_logprobs=7)).replies([given])[0]
     assert (seen[0]["logprobs"], seen[0]["top_logprobs"]) == (True, 7)
     assert reply.probability == (None if expected is None else pytest.approx(expected))
+
+
+YES_OR_NO = [{"token": token, "logprob": math.log(p)} for token, p in ((" yes", 0.6), (" no", 0.2))]
+
+
+def plain_tokens(*texts):
+    """Tokens before or after the verdict; were one of them taken for it, the probability would be another."""
+    top = [{"token": " yes", "logprob": math.log(0.1)}, {"token": " no", "logprob": math.log(0.9)}]
+    return [{"token": each, "logprob": 0.0, "top_logprobs": top} for each in texts]
+
+
+@pytest.mark.parametrize(
+    ("before", "head", "after"),
+    [
+        # U+2203 is three bytes, one token each, which the server spells as bytes: 33 characters for one
+        (("bytes:\\xe2", "bytes:\\x88", "bytes:\\x83", "x\n"), "\u2203x\n", ()),
+        (("<think>", "Is it no or yes?", " yes", "</think>"), "", ()),  # reasoning that the server keeps apart
+        (("Fine.", "\n"), "Fine.\n", ("<|im_end|>",)),  # the token that ended the reply
+        (("Fine.", "\n"), "Fine.\n", ("",)),  # the same, from a server that spells it as nothing
+        (("Fine.", "\n"), "\n Fine.\n", ("\n", "\n\n", "<|im_end|>")),  # space at either end cut or added
+    ],
+)
+def test_the_verdicts_token_is_found_though_others_are_no_part_of_the_text(before, head, after):
+    given = asked(prompt=OneStepProbability(instructions="Is it?", gold=False))
+    line = f"verdict {given.question.marker}: yes"
+    tokens = [*plain_tokens(*before), *tokens_of(line, YES_OR_NO), *plain_tokens(*after)]
+    with serving(lambda body, headers: (200, said(head + line, logprobs=tokens), {})) as url:
+        (reply,) = EndpointClient(endpoint(url)).replies([given])[0]
+    assert reply.probability == pytest.approx(0.75)  # 0.6 / (0.6 + 0.2)
+
+
+@pytest.mark.parametrize("after", [(" or", " no"), (" no", "<|im_end|>"), ("bytes:\\xe2", "bytes:\\x88")])
+def test_tokens_that_do_not_end_as_the_text_does_give_no_probability(after):
+    given = asked(prompt=OneStepProbability(instructions="Is it?", gold=False))
+    line = f"verdict {given.question.marker}: yes"
+    tokens = [*tokens_of(line, YES_OR_NO), *plain_tokens(*after)]
+    with serving(lambda body, headers: (200, said(line, logprobs=tokens), {})) as url:
+        (reply,) = EndpointClient(endpoint(url)).replies([given])[0]
+    assert reply.text == line
+    assert reply.probability is None
+
+
+def test_a_verdict_with_decoration_after_it_keeps_its_token():
+    given = asked(prompt=OneStepProbability(instructions="Is it?", gold=False))
+    line = f"**verdict {given.question.marker}: yes"
+    tokens = [*tokens_of(line, YES_OR_NO), *plain_tokens(".**", "\n")]
+    with serving(lambda body, headers: (200, said(f"{line}.**\n", logprobs=tokens), {})) as url:
+        (reply,) = EndpointClient(endpoint(url)).replies([given])[0]
+    assert reply.probability == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("logprobs", [None, [], [{"token": "verdict"}]])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from rlprm.batch import chosen_rows
 from rlprm.errors import ConfigError
 from rlprm.roles import Rollout, RowText
 from rlprm.sources.base import OWN, Engines, Grader
@@ -124,6 +126,21 @@ def test_seeds_differ_by_step_row_prefix_and_sample_and_repeat():
     again = [seed for r in scored(two_rows(), table)[1].requests for seed in r.seeds]
     assert first == again
     assert len(set(first)) == len(first) == 8
+
+
+def test_what_is_sampled_does_not_depend_on_the_number_of_ranks():
+    table = {(): (0.0, 1.0), (1,): (1.0, 1.0), (3,): (0.0, 1.0), (5,): (0.0, 0.0), (7,): (0.0, 1.0)}
+    batch = shard([2, 2, 2, 2], [1.0, 0.0, 0.0, 1.0], groups=[0, 0, 1, 1], steps=[[0, 1]] * 4)
+
+    def asked(*shards):
+        parts = [chosen_rows(batch, torch.tensor(rows)) for rows in shards]
+        requests = [request for part in parts for request in scored(part, table)[1].requests]
+        return {request.prompt.id: (request.prompt.tokens, request.seeds) for request in requests}
+
+    one_rank, two_ranks = asked([0, 1, 2, 3]), asked([2, 3], [0, 1])
+    assert len(one_rank) == 6  # two starts, and one prefix of each row
+    assert two_ranks == one_rank
+    assert {"a/0+0.-1", "a/0+2.-1", "a/0+3.0"} <= set(one_rank)
 
 
 def test_a_prover_that_adds_nothing_is_refused():
