@@ -231,10 +231,14 @@ class Sources:
             yield worker.learn_source.remote(*columns, name, batch.step)
 
     def _named(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """One source has the family ``prm/`` to itself; several share it by stream name, so that none is lost."""
+        """One source has ``prm/`` and ``prover/`` to itself; several share them by stream name, so that none is lost."""
         if len(self._sources) == 1:
             return dict(metrics)
-        return {key.replace("prm/", f"prm/{name}/", 1): value for key, value in metrics.items()}
+        parts = {key: key.partition("/") for key in metrics}
+        return {
+            f"{family}/{name}/{rest}" if family in ("prm", "prover") else key: metrics[key]
+            for key, (family, _, rest) in parts.items()
+        }
 
 
 def selection(batch: Batch) -> list[torch.Tensor]:

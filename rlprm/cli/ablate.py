@@ -218,7 +218,7 @@ def listed(runs: Sequence[Planned], cells: Cells, baseline: Cell) -> str:
     lines += [
         f"{len(runs)} runs in {runs[0].folder.parents[1]}, {len(runs) - len(todo)} finished, {len(todo)} to run:",
         *(f"  {run.label}" for run in todo),
-        f"about {rollouts} rollouts (evaluation, and what a keep rule filters out, come on top)",
+        f"about {rollouts} rollouts (evaluation, what a keep rule filters out and what a prover samples come on top)",
     ]
     return "\n".join(lines)
 

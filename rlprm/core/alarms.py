@@ -226,16 +226,19 @@ def matching(pattern: str, metrics: Mapping[str, float]) -> list[str]:
     >>> matching("reward/{stream}/mean", {"reward/outcome/mean": 0.5, "reward/process/mean": 0.1, "prm/loss": 1.0})
     ['reward/process/mean']
 
-    A run with several process sources logs ``prm/{stream}/x`` for each of them in place of ``prm/x``; a rule means all.
+    A run with several process sources logs ``prm/{stream}/x`` for each of them in place of ``prm/x``, and so for ``prover/x``;
+    a rule means all.
 
     >>> matching("prm/pair_acc_fresh", {"prm/process/pair_acc_fresh": 0.3})
     ['prm/process/pair_acc_fresh']
+    >>> matching("prover/frac_absent", {"prover/process/frac_absent": 0.3})
+    ['prover/process/frac_absent']
     """
     if "{stream}" not in pattern:
         if pattern in metrics:
             return [pattern]
         family, _, name = pattern.partition("/")
-        return matching(f"prm/{{stream}}/{name}", metrics) if family == "prm" else []
+        return matching(f"{family}/{{stream}}/{name}", metrics) if family in ("prm", "prover") else []
     form = re.compile(re.escape(pattern).replace(re.escape("{stream}"), r"([A-Za-z0-9_.\-]+)"))
     found = [(name, form.fullmatch(name)) for name in metrics]
     return sorted(name for name, match in found if match and match[1] not in NOT_PROCESS)

@@ -35,6 +35,7 @@ class StreamPlan:
     >>> from functools import partial
     >>> from rlprm.core.estimators import to_go
     >>> from rlprm.core.merge import separate
+    >>> from rlprm.core.normalize import RAW
     >>> rloo = partial(RAW, unit="response", centre="leave_one_out")
     >>> StreamPlan(name="outcome", merge=separate, normalizer=rloo, estimator=partial(to_go, gamma=1.0), weight=1.0,
     ...            gate=open_gate).name

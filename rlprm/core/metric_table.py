@@ -3,7 +3,8 @@
 ``{stream}`` a reward stream, ``{source}`` a data source, ``{metric}`` what a verifier measures, ``{n}`` a number,
 ``{stage}`` a stage of the driver, ``{role}`` a model role (policy, prm, critic, reference, rollout). Reduction:
 mean (sum and count travel), sum, max, min; ``global`` is computed over all shards inside, equal on every rank;
-``driver`` is known to the driver only.
+``driver`` is known to the driver only. ``r(y)`` of an implicit PRM is the sum of its rewards; that of a discriminative one
+is the mean over the steps that it could read, which is a chance of being right (range plus_minus: ``2 p - 1``).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PRM = """
     pair_acc_fresh          | 1    | right order within mixed groups, fresh and before learning
     pair_acc_fresh_no_last  | 1    | the same without each response's last step
     pair_acc_surprisal      | 1    | the same of the baseline log pi_ref
-    auc_fresh               | 1    | AUC of r(y) (rewards: sum; probabilities of steps: mean) against outcomes, fresh and before learning
+    auc_fresh               | 1    | AUC of r(y) against outcomes, fresh and before learning
     auc_fresh_no_last       | 1    | the same without each response's last step
     auc_surprisal           | 1    | the same of the baseline log pi_ref
     step_auc                | 1    | AUC of step rewards against exact step labels
@@ -54,13 +55,20 @@ PRM = """
     first_wrong_hit_chance  | 1    | the same of a blind guess: mean of 1 / steps
     mixed_groups            | 1    | fresh groups with right and wrong responses
     fresh_rows              | 1    | fresh responses measured
-    ece                     | 1    | expected calibration error of sigmoid(r(y)); of probabilities: of their mean over steps
+    ece                     | 1    | expected calibration error of sigmoid(r(y)); of a discriminative PRM: of its chance
     corr_with_outcome       | 1    | correlation of r(y) with the outcome
     kl_to_ref               | nats | mean of log pi_phi - log pi_ref on response tokens
     log_ratio_abs           | nats | mean abs(log pi_phi - log pi_ref) summed over a response
     trust                   | 1    | factor of the trust gate
     frac_steps_cut          | 1    | steps behind the length limit of a discriminative PRM    | mean
     frac_forged             | 1    | responses that hold control tokens of the PRM            | mean
+    """
+
+PROVER = """
+    rollouts    | 1      | continuations sampled by a prover                        | sum
+    tokens      | tokens | tokens of these continuations                            | sum
+    frac_absent | 1      | continuations without a verdict                          | mean
+    seconds     | s      | slowest rank's wall time for sampling and grading them   | max
     """
 
 METRICS: tuple[MetricSpec, ...] = (
@@ -121,7 +129,7 @@ METRICS: tuple[MetricSpec, ...] = (
         perf/max_memory_allocated_gb     | GB  | largest device memory in use, over ranks
         perf/cpu_memory_used_gb          | GB  | memory in use on the driver's host
         training/global_step             | 1   | steps of the loop so far
-        training/rollouts_total          | 1   | responses sampled so far, filtered ones counted
+        training/rollouts_total          | 1   | responses sampled so far, filtered ones and a prover's continuations counted
         training/tokens_total            | 1   | response tokens of the batches so far
         training/nonfinite_metrics       | 1   | values of the step that were NaN or infinite (written as null)
         """),
@@ -169,12 +177,8 @@ METRICS: tuple[MetricSpec, ...] = (
         """),
     *_family("prm/", "driver", PRM),
     *_family("prm/{stream}/", "driver", PRM),  # where a run has several process sources
-    *_family("prover/", "driver", """
-        rollouts    | 1      | continuations sampled by a prover                        | sum
-        tokens      | tokens | tokens of these continuations                            | sum
-        frac_absent | 1      | continuations without a verdict                          | mean
-        seconds     | s      | slowest rank's wall time for sampling and grading them   | max
-        """),
+    *_family("prover/", "driver", PROVER),
+    *_family("prover/{stream}/", "driver", PROVER),  # where a run has several process sources
     *_family("rule/", "driver", """
         {stream}/frac_absent | 1 | responses on which the rule failed or ran out of time            | mean
         {stream}/frac_held   | 1 | mean outcome of the rule, of responses on which it gave one      | mean

@@ -32,7 +32,7 @@ def _scope(found: Mapping[str, Any], finished: int, planned: int) -> str:
     if finished:
         lines.append(
             f"Everything is compared at **{found['rollouts']:.0f} sampled rollouts** a run (those that were filtered out "
-            "count), the most that every finished run reached."
+            "count, and so do a prover's continuations), the most that every finished run reached."
         )
     if found["level"] is not None:
         given = "as asked for" if found["settings"]["level"] is not None else "what the baseline ends with"
@@ -71,11 +71,13 @@ def _differences(found: Mapping[str, Any]) -> str:
         f"| measure | cell | pairs | difference | {percent} paired t interval | {percent} bootstrap | p | p (Holm) |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    shown = []
     for measure in ACCURACY:
         for name, cell in found["cells"].items():
             gap = cell["minus_baseline"].get(measure)
             if gap is None:
                 continue
+            shown.append(gap)
             digits = _digits(measure)
             student = ONE if gap["low"] is None else _bounds(gap["low"], gap["high"], digits)
             drawn = "" if gap["bootstrap_low"] is None else _bounds(gap["bootstrap_low"], gap["bootstrap_high"], digits)
@@ -88,6 +90,10 @@ def _differences(found: Mapping[str, Any]) -> str:
         "p: two-sided paired t test. Holm: the same, adjusted for all cells that are compared on that measure.",
         *([NO_INTERVAL] if any(ONE in line for line in lines) else []),
     ]
+    if any(gap["p"] is None and gap["count"] > 1 for gap in shown):
+        notes.append("No p where the paired differences are all the same: without spread the t test has nothing to say.")
+    if any(line.startswith(f"| {MEASURES['rollouts_to_level'][0]} |") for line in lines):
+        notes.append("Rollouts to the level: pairs are only those seeds on which both cells reached it.")
     if any(line.count("[") > 1 for line in lines):
         notes.append(f"Bootstrap: percentile interval of {settings['resamples']} resamples of the paired differences.")
     else:

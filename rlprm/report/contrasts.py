@@ -12,6 +12,7 @@ from scipy import stats
 from rlprm.report.seeds import interval, paired
 
 BOOTSTRAP_SEEDS = 5  # fewer differences than this have too few different resamples
+ROUNDING = 1e-9  # a spread of this share of the mean difference is floating point, not chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class Difference:
     low: float | None  # paired t interval; None with one seed
     high: float | None
     count: int
-    p: float | None  # two-sided paired t test
+    p: float | None  # two-sided paired t test; None where the differences do not spread
     p_holm: float | None  # ... adjusted for the number of cells compared on this measure
     bootstrap_low: float | None  # percentile interval; None with fewer than five seeds
     bootstrap_high: float | None
@@ -53,14 +54,16 @@ def difference(
 def p_value(gaps: Sequence[float]) -> float | None:
     """Two-sided p of Student's t test that the mean of paired differences is 0; None for fewer than two.
 
+    None too where all differences are the same and not 0: two seeds that happen to agree would give p = 0.
+
     >>> round(p_value([1.0, 2.0, 3.0]), 4)      # t = 2 / (1 / sqrt(3)) = 3.4641 at 2 degrees of freedom
     0.0742
     """
     found = interval(gaps)
     if found.sd is None:
         return None
-    if found.sd == 0:
-        return 1.0 if found.mean == 0 else 0.0
+    if found.sd <= ROUNDING * abs(found.mean):
+        return 1.0 if found.mean == 0 else None
     return float(2 * stats.t.sf(abs(found.mean) / (found.sd / math.sqrt(found.count)), found.count - 1))
 
 

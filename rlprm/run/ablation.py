@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import shutil
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jinja2
 import psutil
 import yaml
 from pydantic import Field
 from ray.exceptions import RayError
+from safetensors import SafetensorError
 
 from rlprm.cli.compose import Composed, flat_leaves
 from rlprm.config import Count, NonNegative, Section, TrainConfig
@@ -28,6 +34,10 @@ from rlprm.run.redact import redact_text
 CAN_END_A_RUN = (
     *(RlprmError, RayError, OSError, RuntimeError, ValueError, TypeError, LookupError),
     *(ArithmeticError, AssertionError, AttributeError, NameError, ImportError, MemoryError),
+    *(EOFError, BufferError, SyntaxError, SystemError, StopIteration, ReferenceError),
+    # of libraries, with no class above among their bases; what torch and Ray raise is RuntimeError, OSError or RayError
+    *(pickle.PickleError, subprocess.SubprocessError, CancelledError),
+    *(yaml.YAMLError, jinja2.TemplateError, SafetensorError, psutil.Error),
 )
 # What may differ between two starts of a run without touching its numbers.
 FREE = ("resume", "tracker", "checkpoint")
@@ -148,15 +158,15 @@ def in_order(runs: Sequence[Planned], key: Callable[[TrainConfig], str]) -> list
 def run_one(run: Planned, train: Callable[[TrainConfig, Composed], Path], *, checkpoints: str) -> str | None:
     """Run it to its end; None when it is finished, else what went wrong, which is written into its folder too."""
     begin = time.monotonic()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / FAILED).unlink(missing_ok=True)
     try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / FAILED).unlink(missing_ok=True)
         train(run.config, run.composed)
+        if checkpoints == "none":
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        write_json(run.folder / FINISHED, {"time": _now(), "seconds": round(time.monotonic() - begin, 1)})
     except CAN_END_A_RUN as error:
         return write_failure(run, error)
-    if checkpoints == "none":
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    write_json(run.folder / FINISHED, {"time": _now(), "seconds": round(time.monotonic() - begin, 1)})
     return None
 
 
@@ -167,8 +177,9 @@ def write_failure(run: Planned, error: BaseException | str) -> str:
     else:
         text = str(error) if isinstance(error, RlprmError) else f"{type(error).__name__}: {error}"
         trace = "" if isinstance(error, RlprmError) else "".join(traceback.format_exception(error))
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / FAILED, {"error": redact_text(text), "traceback": redact_text(trace), "time": _now()})
+    with suppress(OSError):  # where nothing can be written, the error is at least said
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.folder / FAILED, {"error": redact_text(text), "traceback": redact_text(trace), "time": _now()})
     return text
 
 

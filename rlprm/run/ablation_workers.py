@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from rlprm.errors import ConfigError
+from rlprm.errors import ConfigError, DataError
 from rlprm.run.ablation import Planned, run_one, write_failure
 from rlprm.run.kept import Kept, sampling_key
 from rlprm.run.progress import Progress, duration
 from rlprm.run.training import train
+from rlprm.verify.worker import die_with
 
 END_S = 60.0  # a worker that was told to end may take so long to stop its engines
 
@@ -30,13 +33,39 @@ def run_all(
     progress: Progress,
     after: Callable[[], Any],
 ) -> dict[str, str]:
-    """Run everything in ``todo``; what failed, with its error. ``after`` is called after each run."""
+    """Run everything in ``todo``; what failed, with its error. ``after`` is called after each run.
+
+    SIGTERM ends it as Ctrl-C does, with every worker; what is finished stays. No worker outlives this process.
+    """
     talk = _Talk(total=len(todo), progress=progress, after=after)
-    if workers == 1 or len(todo) < 2:
-        _in_turn(todo, logs, checkpoints, progress, talk)
-    else:
-        _side_by_side(list(todo), logs, min(workers, len(todo)), checkpoints, talk)
+    with sigterm_exits():
+        if workers == 1 or len(todo) < 2:
+            _in_turn(todo, logs, checkpoints, progress, talk)
+        else:
+            _side_by_side(list(todo), logs, min(workers, len(todo)), checkpoints, talk)
     return talk.failed
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, so that what has been started is stopped.
+
+    Ray puts a handler in this one's place that exits too; afterwards the one from before is back. Only the main thread
+    can have handlers; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _exit(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not break off the stopping
+    raise SystemExit(128 + number)
 
 
 class _Talk:
@@ -48,6 +77,7 @@ class _Talk:
         self._begun = self._done = 0
         self._progress = progress
         self._after = after
+        self._after_failed = False
         self._start = time.monotonic()
 
     def begins(self, run: Planned) -> None:
@@ -63,7 +93,12 @@ class _Talk:
         if left:
             pace = (time.monotonic() - self._start) / self._done
             self._progress.say(f"{self._done} of {self._total} runs ended, about {duration(pace * left)} to go")
-        self._after()
+        try:
+            self._after()
+        except (OSError, DataError) as error:  # a full disk: the other runs may still finish
+            if not self._after_failed:
+                self._progress.say(f"the report could not be written ({error}); the runs go on")
+            self._after_failed = True
 
 
 def _in_turn(todo: Sequence[Planned], logs: Path, checkpoints: str, progress: Progress, talk: _Talk) -> None:
@@ -91,13 +126,19 @@ def _side_by_side(pending: list[Planned], logs: Path, count: int, checkpoints: s
             pipes: list[Any] = [worker.pipe for worker in busy]
             for pipe in wait(pipes):
                 worker = next(each for each in busy if each.pipe is pipe)
-                run, place = busy.pop(worker)
+                run, place = busy[worker]
                 alive, error = _answer(worker, run)
                 talk.ended(run, error)
                 if alive:
                     _next(worker, place, pending, busy, talk, run)
-                elif pending:
+                    continue
+                del busy[worker]
+                if pending:
                     _next(_start_worker(logs, place, devices[place], checkpoints), place, pending, busy, talk, None)
+    except SystemExit:  # SIGTERM, which has reached this process alone
+        for worker in busy:
+            worker.process.terminate()
+        raise
     finally:
         for worker in busy:
             worker.pipe.close()  # after the run it is at, or at once where Ctrl-C has reached it too
@@ -117,6 +158,7 @@ def _next(
     if not pending:
         worker.pipe.close()
         _end(worker)
+        del busy[worker]
         return
     engines = None if last is None else sampling_key(last.config)
     fitting = [run for run in pending if sampling_key(run.config) == engines] or pending
@@ -139,23 +181,30 @@ def _answer(worker: _Worker, run: Planned) -> tuple[bool, str | None]:
 
 def _end(worker: _Worker) -> None:
     """Wait until it has stopped its engines, but not for ever."""
-    worker.process.join(END_S)
-    if worker.process.is_alive():
-        worker.process.terminate()
-        worker.process.join()
+    for stop in (worker.process.terminate, worker.process.kill):
+        worker.process.join(END_S)
+        if worker.process.is_alive():
+            stop()
+    worker.process.join()
 
 
 def _start_worker(logs: Path, place: int, devices: str | None, checkpoints: str) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, logs / f"worker{place}", devices, checkpoints))
+    process = context.Process(target=_serve, args=(os.getpid(), theirs, logs / f"worker{place}", devices, checkpoints))
     process.start()
     theirs.close()  # ours alone: when the worker dies, the pipe ends
     return _Worker(process=process, pipe=ours)
 
 
-def _serve(pipe: Connection, logs: Path, devices: str | None, checkpoints: str) -> None:
-    """A worker: runs as they come, until the pipe ends."""
+def _serve(parent: int, pipe: Connection, logs: Path, devices: str | None, checkpoints: str) -> None:
+    """A worker: runs as they come, until the pipe ends. It ends with its parent, which may be killed at any time."""
+    with sigterm_exits():
+        die_with(parent, signal.SIGTERM)
+        _runs(pipe, logs, devices, checkpoints)
+
+
+def _runs(pipe: Connection, logs: Path, devices: str | None, checkpoints: str) -> None:
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     progress = Progress(quiet=True)

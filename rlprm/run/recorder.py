@@ -48,7 +48,7 @@ class Recorder:
         self._write()
         credited, readable = credit.result()
         self.tokens_total += sum(row.response_length for row in kept.rows)
-        self.rollouts_total += kept.counts["keep/rollouts_sampled"]
+        self.rollouts_total += kept.counts["keep/rollouts_sampled"] + continuations(scored.metrics)
         metrics = {
             **lengths(kept.rows),
             **texts(kept.rows),
@@ -95,6 +95,17 @@ class Recorder:
     def close(self) -> None:
         self.flush()
         self._trackers.close()
+
+
+def continuations(metrics: Mapping[str, float]) -> float:
+    """What all provers of the step have sampled; with several sources each has a name of its own.
+
+    >>> continuations({"prover/a/rollouts": 6.0, "prover/b/rollouts": 2.0, "prover/a/tokens": 90.0})
+    8.0
+    """
+    return sum(
+        (value for name, value in metrics.items() if name.startswith("prover/") and name.endswith("/rollouts")), start=0.0
+    )
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, float]:

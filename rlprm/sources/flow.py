@@ -35,9 +35,10 @@ class FlowReward(ProcessSource):
     ``uniform`` over (0, 1).
 
     Differs: noise is drawn from (seed, step, row, layer, tau), anew for rewards and for each pass of learning, so equal
-    runs give equal rewards, however rows are spread over ranks; the authors draw fresh noise at each call. They train the network offline on good solutions beforehand;
-    here it may start from a state that an earlier run saved (``initial``), and pays nothing in its first ``quiet`` steps,
-    in which it only learns: a new network deviates by the size of a state, not by how unusual it is.
+    runs give equal rewards, however rows are spread over ranks; the authors draw fresh noise at each call. They train the
+    network offline on good solutions beforehand; here it may start from a state that an earlier run saved (``initial``),
+    and pays nothing in its first ``quiet`` steps, in which it only learns: a new network deviates by the size of a state,
+    not by how unusual it is.
     """
 
     stateful = True
@@ -120,9 +121,7 @@ class FlowReward(ProcessSource):
             with torch.no_grad():
                 found = [
                     debiased(
-                        torch.stack(
-                            [self._errors(target, condition, keys, depth, tau) for tau in self._taus]
-                        ).cpu(),
+                        torch.stack([self._errors(target, condition, keys, depth, tau) for tau in self._taus]).cpu(),
                         torch.tensor(self._taus, dtype=torch.float64),
                     )
                     for depth, target, condition in self._pairs(micro)

@@ -216,7 +216,7 @@ def _read_choice(answer: Any, question: Question) -> Reply | None:
         if not isinstance(text, str) or finish != "stop":
             return Reply(text="")
         return Reply(text=text, probability=_probability(pieces, text, question))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
         return None
 
 

@@ -103,8 +103,8 @@ def measure(
                 label if known else -1
                 for label, known in zip(
                     step_labels(padded.step_index[row], padded.step_label[row], int(counts[row])),
-                    there[row].tolist(),
-                    strict=False,  # the row is as wide as the longest
+                    there[row, : counts[row]].tolist(),
+                    strict=True,
                 )
             ),
         )

@@ -53,7 +53,8 @@ class Prover(ProcessSource):
     the responses in the group, the row's own one among them (so it depends on the row a little), at no cost, and only
     where the policy is the prover. The paper trains a verifier on such estimates; here they are used as they are.
 
-    Costs ``samples`` responses per tried step; they are counted in ``prover/rollouts``, not among the run's rollouts.
+    Costs ``samples`` responses per tried step; they are counted in ``prover/rollouts`` and, as they are rollouts too, in
+    ``training/rollouts_total``.
     """
 
     reads_text = True  # for the prompts that the verifier wants

@@ -99,9 +99,9 @@ def _short(error: BaseException) -> str:
         return type(error).__name__
 
 
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process with its parent, and leave at once if the parent is gone already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process ``by`` when its parent ends, and leave at once if it is gone already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(by), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 

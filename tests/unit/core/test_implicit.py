@@ -54,3 +54,5 @@ def test_a_dropped_last_token_earns_nothing_and_stays_present():
 def test_steps_are_counted_and_never_0():
     assert steps_of(INDEX).tolist() == [2, 1]
     assert steps_of(torch.tensor([[-1, -1]])).tolist() == [1]
+    assert steps_of(torch.zeros(0, 0, dtype=torch.int64)).tolist() == []  # a rank without rows in a mini-batch
+    assert steps_of(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [1, 1]

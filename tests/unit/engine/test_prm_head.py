@@ -12,9 +12,24 @@ from rlprm.errors import ConfigError
 from tests.unit.engine import tiny_prm
 
 
-def load(path: str, head: str = "classifier", *, layout: str = "padded", token_budget: int = 64, candidates=None):
+def load(
+    path: str,
+    head: str = "classifier",
+    *,
+    attention: str = "sdpa",
+    layout: str = "padded",
+    token_budget: int = 64,
+    candidates=None,
+):
     return load_prm(
-        path, "float32", head=head, candidates=candidates, token_budget=token_budget, layout=layout, device="cpu"
+        path,
+        "float32",
+        attention=attention,
+        head=head,
+        candidates=candidates,
+        token_budget=token_budget,
+        layout=layout,
+        device="cpu",
     )
 
 
@@ -57,6 +72,15 @@ def test_vocabulary_head_reads_two_tokens(tmp_path: Path):
 @pytest.mark.parametrize("token_budget", [1, 9, 1000])
 def test_neighbours_in_a_pass_change_nothing(tmp_path: Path, layout: str, token_budget: int):
     check(load(tiny_prm.folder(tmp_path, "one"), layout=layout, token_budget=token_budget))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("saved", "head"), [("one", "classifier"), ("none", "vocabulary")])
+def test_attention_is_the_one_that_was_asked_for(tmp_path: Path, saved: str, head: str, attention: str):
+    ids = tuple(TOKENS.convert_tokens_to_ids(word) for word in ("-", "+"))
+    prm = load(tiny_prm.folder(tmp_path, saved), head, attention=attention, candidates=ids)
+    assert prm._model.config._attn_implementation == attention
+    check(prm)
 
 
 def test_code_in_the_folder_is_never_run(tmp_path: Path):

@@ -87,7 +87,16 @@ def test_what_is_trained_is_what_the_source_reads(tmp_path: Path):
     )
     values = response_values(load_value(path, "float32", attention="sdpa", gradient_checkpointing=False), micro)
     trained = values[micro.token_fields["label"] >= 0]
-    prm = load_prm(path, "float32", head="classifier", candidates=None, token_budget=99, layout="padded", device="cpu")
+    prm = load_prm(
+        path,
+        "float32",
+        attention="sdpa",
+        head="classifier",
+        candidates=None,
+        token_budget=99,
+        layout="padded",
+        device="cpu",
+    )
     [read] = prm.probabilities([example.tokens], [example.positions])
     assert trained.sigmoid().tolist() == pytest.approx(read.tolist(), abs=1e-6)
     assert read.tolist() == pytest.approx([0.5, tiny_prm.chance(1, 6), tiny_prm.chance(1, 8)], abs=1e-5)

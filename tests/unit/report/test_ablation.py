@@ -161,9 +161,32 @@ def test_holm_by_hand():
 
 def test_p_of_equal_differences():
     assert p_value([0.0, 0.0]) == 1.0
-    assert p_value([0.1, 0.1]) == 0.0  # without any spread the t statistic is infinite
+    assert p_value([0.1, 0.1]) is None  # without any spread the t statistic is infinite, from two seeds on
+    assert p_value([0.8 - 0.7, 0.6 - 0.5, 0.5 - 0.4]) is None  # ... and its sd of 6e-17 is the rounding of these numbers
+    assert p_value([0.1, 0.1001]) == pytest.approx(0.000318, abs=1e-6)  # t = .10005 / .00005 = 2001 at 1 degree
     assert p_value([0.1]) is None
     assert difference({0: 1.0}, {1: 1.0}, 0.95, 10) is None
+
+
+def test_a_difference_without_spread_has_no_p_and_does_not_enter_holm(tmp_path):
+    for seed, base, even, other in ((0, 0.5, 0.75, 0.75), (1, 0.25, 0.5, 0.75), (2, 0.25, 0.5, 0.5)):
+        for name, end in (("base", base), ("even", even), ("other", other)):
+            finished_run(tmp_path / name / f"seed{seed}", 10, [0.125, end])
+    found = evaluate(plan(tmp_path, ["base", "even", "other"], [0, 1, 2]))
+    even, other = (found["cells"][name]["minus_baseline"]["sampled"] for name in ("even", "other"))
+    assert (even["mean"], even["p"], even["p_holm"]) == (0.25, None, None)
+    assert other["p_holm"] == other["p"]  # compared alone
+    text = markdown(found, [])
+    assert "| sampled accuracy | even | 3 | +0.250 | [0.250, 0.250] |  |  |  |" in text
+    assert "No p where the paired differences are all the same" in text
+
+
+def test_rollouts_to_the_level_are_paired_where_both_reached_it_and_the_report_says_so(tmp_path):
+    found = evaluate(two_cells(tmp_path))
+    assert found["cells"]["other"]["minus_baseline"]["rollouts_to_level"]["count"] == 1  # base, seed 1 never does
+    assert "Rollouts to the level: pairs are only those seeds on which both cells reached it." in markdown(found, [])
+    never = evaluate(plan(tmp_path, ["base", "other"], [0, 1], level=0.95))
+    assert "both cells reached it" not in markdown(never, [])  # no such row
 
 
 def settings(**changed: object) -> Settings:

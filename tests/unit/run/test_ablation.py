@@ -1,8 +1,17 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+from concurrent.futures import CancelledError
 
+import jinja2
+import psutil
 import pytest
+import ray.exceptions
+import torch.distributed
+import yaml
+from safetensors import SafetensorError
 
 from rlprm.cli.ablate import configuration
 from rlprm.config import TrainConfig, validated
@@ -57,6 +66,34 @@ def test_a_mistake_of_the_program_is_kept_with_its_traceback(tmp_path):
     run = planned(tmp_path)
     assert run_one(run, lambda config, made: {}["x"], checkpoints="none") == "KeyError: 'x'"
     assert "in <lambda>" in json.loads((run.folder / "failed.json").read_text())["traceback"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(torch.OutOfMemoryError("of a GPU"), torch.distributed.DistBackendError("NCCL"), torch.linalg.LinAlgError()),
+        *(ray.exceptions.GetTimeoutError("late"), ray.exceptions.OutOfMemoryError("of a node")),
+        *(OSError(28, "No space left on device"), MemoryError(), EOFError(), SyntaxError("user's own file")),
+        *(pickle.UnpicklingError("cut"), subprocess.CalledProcessError(1, "cc"), CancelledError()),
+        *(yaml.YAMLError(), jinja2.TemplateSyntaxError("", 1), SafetensorError("cut"), psutil.NoSuchProcess(1)),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_libraries_raise_ends_one_run(tmp_path, error):
+    def fails(config, made):
+        raise error
+
+    assert run_one(planned(tmp_path), fails, checkpoints="none").startswith(type(error).__name__)
+
+
+def test_a_full_disk_ends_one_run_and_its_error_is_still_said(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlprm.run.ablation.write_json", full)
+    run = planned(tmp_path)
+    assert "No space left" in run_one(run, lambda config, made: trained(run), checkpoints="none")
+    assert not run.finished
 
 
 def test_ctrl_c_ends_everything_and_marks_nothing(tmp_path):

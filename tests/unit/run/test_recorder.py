@@ -116,6 +116,7 @@ def recorder(**changes):
 
 
 SCORED = SimpleNamespace(metrics={"prm/auc_fresh": 0.75, "prm/auc_surprisal": 0.5})
+PROVED = {"rollouts": 6.0, "tokens": 90.0, "frac_absent": 0.0, "seconds": 1.5}
 CREDIT = SimpleNamespace(result=lambda: ({"adv/outcome/share": 1.0}, ["a response"]))
 
 
@@ -152,6 +153,20 @@ def test_the_next_step_is_measured_against_the_published_version_and_goes_on_cou
     assert made.version == 6.0
     assert made.rollouts_total == 18.0
     assert [step for step, _ in trackers.logged] == [3]  # the earlier step is written when the next one comes
+
+
+@pytest.mark.parametrize("streams", [("",), ("process/", "other/")])
+def test_what_provers_sample_counts_as_rollouts(streams):
+    made, trackers, _ = recorder()
+    own = {f"prover/{stream}{name}": value for stream in streams for name, value in PROVED.items()}
+    made.record(1, kept(), SimpleNamespace(metrics=own), CREDIT, [])
+    made.flush()
+    ((_, metrics),) = trackers.logged
+    assert metrics["training/rollouts_total"] == 10.0 + 4.0 + 6.0 * len(streams)  # before, sampled, by each prover
+    assert made.rollouts_total == metrics["training/rollouts_total"]  # what a checkpoint keeps
+    assert metrics["keep/rollouts_sampled"] == 4.0
+    for name in metrics:
+        check_name(name)
 
 
 def test_an_evaluation_joins_its_step():

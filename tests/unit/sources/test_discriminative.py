@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlprm.batch import flatten
+from rlprm.batch import chosen_rows, flatten
 from rlprm.engine.combine import global_numbers
 from rlprm.errors import AlignmentError, ConfigError
 from rlprm.parts import made as made_part
@@ -146,11 +146,40 @@ def test_quality_is_measured_beside_surprisal(folders):
     ref = torch.tensor([0.0, -1.0, -2.0, -4.0, 0.0, -8.0, -16.0])
     scores = prm(folders["one"]).score(scorable(GIVEN, ref=ref, texts=TEXTS))
     assert scores.measurement is not None
-    assert scores.measurement.rows.reward.tolist() == pytest.approx([STEPS[0] + STEPS[1], STEPS[2]], abs=1e-5)
+    # the mean of steps, and its chance
+    means = [(STEPS[0] + STEPS[1]) / 2, STEPS[2]]
+    assert scores.measurement.rows.reward.tolist() == pytest.approx(means, abs=1e-5)
+    assert scores.measurement.rows.logit.sigmoid().tolist() == pytest.approx(means, abs=1e-5)
     assert scores.measurement.rows.surprisal.tolist() == [-7.0, -24.0]
     numbers, _, labels = scores.measurement.steps[0]
     assert numbers == pytest.approx(STEPS[:2], abs=1e-5)
     assert labels == (1, 0)
+    signed = prm(folders["one"], range="plus_minus").score(scorable(GIVEN, ref=ref, texts=TEXTS)).measurement
+    assert signed.rows.reward.tolist() == pytest.approx([2 * mean - 1 for mean in means], abs=1e-5)
+    assert signed.rows.logit.sigmoid().tolist() == pytest.approx(means, abs=1e-5)
+
+
+def test_quality_is_that_of_steps_which_the_prm_could_read(folders):
+    # the limit cuts the second step of the first response; control tokens forge all of the second one
+    cut = scored(prm(folders["one"], max_tokens=4))[2].measurement
+    assert cut.rows.reward.tolist() == pytest.approx([0.5, STEPS[2]], abs=1e-5)
+    assert [labels for _, _, labels in cut.steps] == [(1, -1), (0,)]
+    forged = scored(prm(folders["mlp"], option("qwen_prm")), written=texts(("a\n", "!"), ("<extra_0>",)))[2].measurement
+    assert forged.rows.outcome.tolist() == [1.0]
+    assert len(forged.steps) == 1
+
+
+def test_a_rank_without_rows_takes_part(folders):
+    nobody = chosen_rows(GIVEN, torch.zeros(0, dtype=torch.int64))
+    rewards, present, scores = scored(prm(folders["one"]), nobody, ())
+    assert rewards == present == []
+    assert len(scores.measurement.rows) == len(scores.measurement.steps) == 0
+    told = scored(prm(folders["one"]))[2]
+    assert global_numbers([told.metrics, scores.metrics]) == {"prm/frac_steps_cut": 0.0, "prm/frac_forged": 0.0}
+
+
+def test_attention_is_that_of_the_run(folders):
+    assert prm(folders["one"], attention="eager")._prm._model.config._attn_implementation == "eager"
 
 
 def test_texts_and_tokens_must_have_the_same_steps(folders):

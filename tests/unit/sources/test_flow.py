@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlprm.engine.flow import FlowNetwork
 from rlprm.errors import CheckpointError, ConfigError
 from rlprm.sources.base import OWN
 from rlprm.sources.flow import FlowReward, rows_of
@@ -62,6 +63,33 @@ def test_rewards_repeat_whatever_the_layout_and_company_and_change_with_the_step
     alone = made.score(replace(given(), shard=rows_of(given().shard, torch.tensor([1])))).streams[OWN].rewards
     assert torch.allclose(first[1], alone[0], atol=1e-6)
     assert not torch.equal(first, made.score(given(step=2)).streams[OWN].rewards)
+
+
+@pytest.mark.parametrize("act", ["score", "learn"])
+def test_each_noise_level_has_noise_of_its_own(folder, monkeypatch: pytest.MonkeyPatch, act: str):
+    seen: list[tuple[float, float, torch.Tensor]] = []
+    whole = FlowNetwork.errors
+
+    def watched(network, target, condition, noise, tau, layer):
+        seen.append((float(tau[0]), layer, noise))
+        return whole(network, target, condition, noise, tau, layer)
+
+    monkeypatch.setattr(FlowNetwork, "errors", watched)
+    getattr(source(folder, taus=[0.5, 0.8]), act)(given())
+    once = seen.copy()
+    seen.clear()
+    getattr(source(folder, taus=[0.8, 0.5]), act)(given())
+
+    def by_level(calls):
+        return {
+            level: torch.cat([noise.flatten() for *where, noise in calls if tuple(where) == level])
+            for level in {(tau, layer) for tau, layer, _ in calls}
+        }
+
+    first, second = by_level(once), by_level(seen)
+    assert len(first) == 4  # two noise levels at two depths
+    assert len({tuple(noise.tolist()) for noise in first.values()}) == 4
+    assert all(torch.equal(first[level], second[level]) for level in first)
 
 
 @pytest.mark.parametrize("learn_at", ["reward", "uniform"])

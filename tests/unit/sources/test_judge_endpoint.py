@@ -286,7 +286,7 @@ def plain_tokens(*texts):
 @pytest.mark.parametrize(
     ("before", "head", "after"),
     [
-        # U+2203 is three bytes, one token each, which the server spells as bytes: 33 characters for one
+        # U+2203 is three bytes, one token each, which the server spells as bytes: 30 characters for one
         (("bytes:\\xe2", "bytes:\\x88", "bytes:\\x83", "x\n"), "\u2203x\n", ()),
         (("<think>", "Is it no or yes?", " yes", "</think>"), "", ()),  # reasoning that the server keeps apart
         (("Fine.", "\n"), "Fine.\n", ("<|im_end|>",)),  # the token that ended the reply
