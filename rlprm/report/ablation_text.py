@@ -91,7 +91,9 @@ def _differences(found: Mapping[str, Any]) -> str:
         *([NO_INTERVAL] if any(ONE in line for line in lines) else []),
     ]
     if any(gap["p"] is None and gap["count"] > 1 for gap in shown):
-        notes.append("No p where the paired differences are all the same: without spread the t test has nothing to say.")
+        notes.append(
+            "No p where the paired differences are all the same: without spread the t test has nothing to say."
+        )
     if any(line.startswith(f"| {MEASURES['rollouts_to_level'][0]} |") for line in lines):
         notes.append("Rollouts to the level: pairs are only those seeds on which both cells reached it.")
     if any(line.count("[") > 1 for line in lines):

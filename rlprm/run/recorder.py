@@ -104,7 +104,8 @@ def continuations(metrics: Mapping[str, float]) -> float:
     8.0
     """
     return sum(
-        (value for name, value in metrics.items() if name.startswith("prover/") and name.endswith("/rollouts")), start=0.0
+        (value for name, value in metrics.items() if name.startswith("prover/") and name.endswith("/rollouts")),
+        start=0.0,
     )
 
 

@@ -197,7 +197,7 @@ def _key_header(variable: str | None) -> dict[str, str]:
 def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested beyond reason
         return None
 
 

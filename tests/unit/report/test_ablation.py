@@ -162,15 +162,15 @@ def test_holm_by_hand():
 def test_p_of_equal_differences():
     assert p_value([0.0, 0.0]) == 1.0
     assert p_value([0.1, 0.1]) is None  # without any spread the t statistic is infinite, from two seeds on
-    assert p_value([0.8 - 0.7, 0.6 - 0.5, 0.5 - 0.4]) is None  # ... and its sd of 6e-17 is the rounding of these numbers
+    assert p_value([0.8 - 0.7, 0.6 - 0.5, 0.5 - 0.4]) is None  # ... and an sd of 6e-17 is rounding
     assert p_value([0.1, 0.1001]) == pytest.approx(0.000318, abs=1e-6)  # t = .10005 / .00005 = 2001 at 1 degree
     assert p_value([0.1]) is None
     assert difference({0: 1.0}, {1: 1.0}, 0.95, 10) is None
 
 
 def test_a_difference_without_spread_has_no_p_and_does_not_enter_holm(tmp_path):
-    for seed, base, even, other in ((0, 0.5, 0.75, 0.75), (1, 0.25, 0.5, 0.75), (2, 0.25, 0.5, 0.5)):
-        for name, end in (("base", base), ("even", even), ("other", other)):
+    for name, ends in {"base": [0.5, 0.25, 0.25], "even": [0.75, 0.5, 0.5], "other": [0.75, 0.75, 0.5]}.items():
+        for seed, end in enumerate(ends):
             finished_run(tmp_path / name / f"seed{seed}", 10, [0.125, end])
     found = evaluate(plan(tmp_path, ["base", "even", "other"], [0, 1, 2]))
     even, other = (found["cells"][name]["minus_baseline"]["sampled"] for name in ("even", "other"))

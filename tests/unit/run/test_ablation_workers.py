@@ -49,7 +49,7 @@ def test_in_one_process_a_failed_run_does_not_end_the_others(tmp_path):
 
 
 def start(folder, *words):
-    """`rlprm ablate` as a process of its own, and the ids of the processes in which its first runs wait."""
+    """`rlprm ablate` as a process of its own, and in how many processes its first runs wait."""
     folder.mkdir()
     root = Path(__file__).resolve().parents[3]
     given = ["ablate", *QUICK, f"output_dir={folder / 'out'}", *words]
@@ -60,6 +60,7 @@ def start(folder, *words):
 
 
 def waits(folder, parent, count):
+    """The ids of these processes, as soon as all of them wait."""
     deadline = time.monotonic() + 240.0
     while len(names := [path.name for path in folder.iterdir() if path.name.isdigit()]) < count:
         assert parent.poll() is None
@@ -96,7 +97,7 @@ def test_no_run_outlives_the_ablation(tmp_path, words, number, code):
     try:
         workers += waits(folder, parent, count)
         parent.send_signal(number)
-        assert parent.wait(60.0) == code
+        assert parent.wait(180.0) == code
         assert all(gone(worker) for worker in workers)
         assert all((folder / str(worker)).read_text() == "ended" for worker in workers)  # what it had open was closed
     finally:
