@@ -73,8 +73,9 @@ def test_prm_learns_with_its_own_section():
     assert given.policy.lr != 0.25
 
 
-def test_rule_source_is_made_with_its_name_and_settings():
-    source = factories.source(config("method=oracle", "streams.process.source.kind.wrong=-2.0"), "process")
+def test_rule_source_is_made_with_its_name_and_settings(monkeypatch):
+    monkeypatch.setattr(factories, "load_tokenizer", lambda path: None)
+    source = factories.source(config("method=oracle", "streams.process.source.kind.wrong=-2.0"), "process", {}, None)
     assert source.name == "process"
     assert source._wrong == -2.0
     assert not source.stateful
