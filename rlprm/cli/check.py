@@ -139,4 +139,3 @@ def _words(error: AssertionError) -> str:
 def _place(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(last.filename).name}:{last.lineno}: {last.line}"
-

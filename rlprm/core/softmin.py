@@ -105,6 +105,8 @@ def _has_sibling(there: Tensor, shard: Shard) -> Tensor:
 
 def _check(temperature: float | None, baseline: Baseline) -> None:
     if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError(f"temperature is {temperature}; expected a number above 0, such as 0.1, or null for plain sums")
+        raise ConfigError(
+            f"temperature is {temperature}; expected a number above 0, such as 0.1, or null for plain sums"
+        )
     if baseline not in ("none", "token", "step"):
         raise ConfigError(f"baseline is {baseline!r}; expected none, token or step")

@@ -344,7 +344,9 @@ def passes(section: LearnerSection, seed: int) -> Any:
     )
 
 
-def learner_settings(config: TrainConfig | SftConfig | DpoConfig | PrmConfig, section: OptimizerSection, total_steps: int) -> Any:
+def learner_settings(
+    config: TrainConfig | SftConfig | DpoConfig | PrmConfig, section: OptimizerSection, total_steps: int
+) -> Any:
     """DeepSpeed and AdamW settings of one learner; decaying schedules end with the run."""
     from rlprm.engine.learner import LearnerSettings
 

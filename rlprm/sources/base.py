@@ -124,7 +124,9 @@ class ProcessSource:
     reads_text: ClassVar[bool] = False  # wants Scorable.texts
     reads_reference: ClassVar[bool] = False  # wants log pi_ref
     reads_policy: ClassVar[bool] = False  # sits on the policy's ranks and asks context.policy
-    engine: ClassVar[Literal["none", "rollout", "own"]] = "none"  # rollout: the run's; own: of its own model, if it has one
+    engine: ClassVar[Literal["none", "rollout", "own"]] = (
+        "none"  # rollout: the run's; own: of its own model, if it has one
+    )
     measures: ClassVar[bool] = False  # returns a measurement: its quality is logged and it earns trust
     pays_steps: ClassVar[bool] = False  # needs a splitter that finds steps
     own_tokens: ClassVar[bool] = False  # re-tokenises text for its model, whose vocabulary need not be the policy's

@@ -18,7 +18,8 @@ from rlprm.sources.base import Scorable, SourceContext
 
 
 def prompt(number: int = 0, tokens: Sequence[int] = (0,)) -> Prompt:
-    return Prompt(id=f"a/{number}", text=f"question {number}", question=f"question {number}", tokens=tuple(tokens), gold="7", source="a")
+    text = f"question {number}"
+    return Prompt(id=f"a/{number}", text=text, question=text, tokens=tuple(tokens), gold="7", source="a")
 
 
 def rollout(tokens: Sequence[int], *, of: Prompt | None = None, sample: int = 0, finish: Finish = "stop") -> Rollout:

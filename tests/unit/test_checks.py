@@ -97,7 +97,11 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
         ("prime", {"streams.process.normalizer": {**RAW, "accumulate": "prefix"}}, "'process' is summed up twice"),
         ("prof", {"responses_per_prompt": 4}, "select.keep is 4 and responses_per_prompt 4: nothing would be selected"),
         ("prof", {"select.stream": "elsewhere"}, "select: select reads the process rewards of stream 'elsewhere'"),
-        ("prime", {"policy_loss.surrogate": GSPO}, "gspo, which averages .* streams.process pays its tokens one by one"),
+        (
+            "prime",
+            {"policy_loss.surrogate": GSPO},
+            "gspo, which averages .* streams.process pays its tokens one by one",
+        ),
         ("drpo", {"policy_loss.aggregation": "token-mean"}, "its weights are those of seq-mean-token-mean"),
         (
             "oracle",

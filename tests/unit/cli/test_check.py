@@ -8,7 +8,7 @@ import pytest
 
 from rlprm.cli.main import main
 
-PIECES = '''
+PIECES = """
 import torch
 
 from rlprm.records import Stream
@@ -59,7 +59,7 @@ def says_gold(gold, response, prompt):
 
 def generous(gold, response, prompt):
     return 1.0, "always"
-'''
+"""
 SOURCE = "kind:\n  _target_: own_pieces_of_check.{}\n  _partial_: true\n  price: 0.1\nmodel: null\nlearner: null\n"
 PART = "_target_: own_pieces_of_check.{}\n_partial_: true\n"
 VERIFIER = (

@@ -37,9 +37,7 @@ def three_steps(outcome):
     """One response, a token a step: judged right, judged wrong, not judged."""
     shard = shard_of([3], [outcome])
     assert shard.step_index.tolist() == [[-1, 0, 1, 2]]
-    verdicts = Stream(
-        rewards=torch.tensor([[0.0, 1.0, -1.0, 5.0]]), present=torch.tensor([[False, True, True, False]])
-    )
+    verdicts = Stream(rewards=torch.tensor([[0.0, 1.0, -1.0, 5.0]]), present=torch.tensor([[False, True, True, False]]))
     return shard, {"judge": verdicts}
 
 
