@@ -27,9 +27,8 @@ def separate(streams: Mapping[str, Stream], shard: Shard) -> Mapping[str, Stream
 def posterior_gate(streams: Mapping[str, Stream], shard: Shard, *, stream: str) -> Mapping[str, Stream]:
     """``1[outcome = 1] * r``: the named process stream is paid only in right responses (Posterior-GRPO).
 
-    In a wrong response the reward is a present 0, which takes part in the statistics, also where the source said nothing
-    of it: 1[outcome = 1] is 0 whatever it would have said, and a text that no judge can read must not get away with it.
-    Where the outcome is absent the reward is absent too.
+    In a wrong response the reward is a present 0, which takes part in the statistics; where the outcome is absent the
+    reward is absent too, and so it is where the source said nothing.
 
     Raises:
         ConfigError: no stream of that name.
@@ -38,10 +37,7 @@ def posterior_gate(streams: Mapping[str, Stream], shard: Shard, *, stream: str) 
     right = (shard.outcome == 1)[:, None]
     judged = gated.present & shard.outcome_present[:, None]
     rewards = torch.where(right & judged, gated.rewards, torch.zeros_like(gated.rewards))
-    silent = shard.outcome_present[:, None] & ~right & ~judged.any(1, keepdim=True)
-    last = last_of(shard.response_mask, torch.where(shard.response_mask, 0, -1))
-    trained = shard.train[:, None]
-    return {**streams, stream: replace(gated, rewards=rewards, present=judged | (silent & last & trained))}
+    return {**streams, stream: replace(gated, rewards=rewards, present=judged)}
 
 
 def sum_into(

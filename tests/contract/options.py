@@ -64,6 +64,9 @@ COMPANIONS = {
     # 4 of 8 are kept
     "method/prof": ["responses_per_prompt=8"],
     "select/prof": ["responses_per_prompt=8"],
+    "select/balanced": ["responses_per_prompt=8"],
+    "normalizer/drpo": ["policy_loss=drpo"],  # its weights belong to that aggregation
+    "policy_loss/gspo": ["method=outcome_rloo"],  # it averages the credit of tokens
     "normalizer/spro": ["estimator@streams.process.estimator=none"],  # it sums up itself
     "estimator/pure_sum": ["normalizer@streams.process.normalizer=raw", "source@streams.process.source=exact"],
 }

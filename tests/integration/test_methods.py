@@ -27,7 +27,7 @@ WORKED = [f"data.train.{name}.reader.source.size=64" for name in ("fill", "order
 # What the embedded task needs of a method that was written for other answers.
 ON_CHAINS = {
     "prof": ["select.keep=2"],
-    "prof_blend": [],
+    "prl_segments": ["splitter.tokens=4"],  # answers here are shorter than one of its segments
     "dapo": ["keep.max_rounds=8"],
     "ppo": ["critic.learner.warmup=0"],
     "prime_ppo": ["critic.learner.warmup=0"],
@@ -90,7 +90,7 @@ def test_method_trains_for_three_steps(
     rows: list[dict[str, Any]] = json_lines(training.train(config, made, QUIET, kept) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
-        assert row["training/nonfinite_metrics"] == 0
+        assert "training/nonfinite_metrics" not in row  # written only where there are some
         assert row["actor/updates"] >= 1
         assert row["actor/ratio_first_diff"] <= 1e-5
         for name, stream in config.streams.items():

@@ -52,7 +52,7 @@ def test_methods_bring_their_policy_loss(method, surrogate, aggregation):
     assert loss.aggregation == aggregation
     assert (loss.trust_region is not None) == (method == "drpo")
     # the command line has the last word
-    own = config(f"method={method}", "policy_loss=ppo_clip").policy_loss
+    own = config(f"method={method}", "policy_loss=grpo").policy_loss  # of the aggregation that drpo needs
     assert own.surrogate["_target_"].rpartition(".")[2] == "ppo_clip"
 
 
