@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlprm.batch import shards_needed
 from rlprm.errors import ConfigError
+from rlprm.placement import check_placement
 
 if TYPE_CHECKING:
     from rlprm.config import (
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         EvaluateConfig,
         LearnerSection,
         OptimizerSection,
+        Placement,
         ProcessSource,
         RolloutSection,
         SftConfig,
@@ -53,6 +55,8 @@ def check_train(config: TrainConfig) -> None:
     _arithmetic(config)
     _learners(config)
     _transport(config.placement)
+    _placement(config.placement)
+    _recovery(config)
     _temperature("temperature", config.temperature)
     _temperature("evaluation.temperature", config.evaluation.temperature)
     _engine(config.rollout, config.placement)
@@ -71,6 +75,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         if temperature > 0:
             _temperature("temperatures", temperature)
     _engine(config.rollout, config.placement)
+    _placement(config.placement)
 
 
 def check_sft(config: SftConfig | DpoConfig | PrmConfig) -> None:
@@ -80,6 +85,7 @@ def check_sft(config: SftConfig | DpoConfig | PrmConfig) -> None:
         ValueError: with what was found, what was expected and what to do.
     """
     _learner("learner", config.learner, config.placement.device, config.steps)
+    _placement(config.placement)
 
 
 def _sources(config: TrainConfig) -> None:
@@ -113,6 +119,10 @@ def _source(config: TrainConfig, name: str, section: ProcessSource) -> None:
     if not (isinstance(target, type) and issubclass(target, _base())):
         raise ValueError(
             f"streams.{name}.source.kind is {section.kind['_target_']}; expected a subclass of rlprm.sources.base.ProcessSource"
+        )
+    if missing := sorted(target.__abstractmethods__):
+        raise ValueError(
+            f"streams.{name}.source.kind {section.kind['_target_']} has no {', '.join(missing)}(); write it"
         )
     if section.learner is not None and section.model is None:
         raise ValueError(f"streams.{name}.source has a learner and no model; name the folder of the model that learns")
@@ -273,6 +283,24 @@ def _transport(placement: TrainPlacement) -> None:
             f"placement.weight_bucket_bytes is {bucket} and placement.object_store_bytes {store}: no bucket of weights "
             "would fit the store; lower weight_bucket_bytes, or raise object_store_bytes"
         )
+
+
+def _placement(placement: Placement) -> None:
+    try:
+        check_placement(placement)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _recovery(config: TrainConfig) -> None:
+    """A run cannot begin with fewer processes than it may shrink to."""
+    for key in ("policy_ranks", "prm_ranks", "engines"):
+        fewest, count = getattr(config.recovery, f"min_{key}"), getattr(config.placement, key)
+        if fewest is not None and fewest > count:
+            raise ValueError(
+                f"recovery.min_{key} is {fewest} and placement.{key} {count}: the run would begin with fewer than it may go on "
+                f"with; set recovery.min_{key} to at most {count}, or to null (all of them)"
+            )
 
 
 def _temperature(key: str, value: float) -> None:

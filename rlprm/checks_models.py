@@ -50,7 +50,10 @@ def check_model_folder(key: str, path: str) -> None:
     if not folder.is_dir():
         todo = "expected a local Hugging Face model folder"
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-            todo = f"give a local folder; download a hub model first, e.g. hf download {path} --local-dir FOLDER"
+            todo = (
+                "give a local folder: rlprm prepare recipe=NAME fetches what a recipe names, and hf download "
+                f"{path} --local-dir FOLDER any other model of the hub"
+            )
         raise ConfigError(f"{key} {path!r} is no folder (looked for {folder.absolute()}); {todo}")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{key} {path!r} has no config.json; expected a Hugging Face model folder")

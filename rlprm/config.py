@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlprm.config_base import Count, NonNegative, Part, Positive, Section
-from rlprm.config_watching import Alarms, Checkpoint, Evaluation, Tracker
+from rlprm.config_watching import Alarms, Checkpoint, Evaluation, Recovery, Tracker
 from rlprm.errors import ConfigError
 
 
@@ -176,6 +176,10 @@ class StreamSection(Section):
         return {group: part for group, part in named.items() if part is not None}
 
 
+# Numbers of nodes (0: the head), dealt out to the processes of a role in turn; None: filled in order.
+NodeList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+
+
 class Placement(Section):
     """What every command that starts Ray reads."""
 
@@ -185,10 +189,12 @@ class Placement(Section):
     ray_address: str | None
     start_timeout_s: Positive
     stage_timeout_s: Positive
+    nodes: Count
 
 
 class LearnerPlacement(Placement):
     policy_ranks: Count
+    policy_nodes: NodeList
     gpus_per_rank: NonNegative
     collective_timeout_s: Positive
 
@@ -200,6 +206,7 @@ class LearnerPlacement(Placement):
 
 class EnginePlacement(Placement):
     engines: Count
+    engine_nodes: NodeList
     tensor_parallel: Count
     gpus_per_engine: NonNegative
 
@@ -218,6 +225,7 @@ class TrainPlacement(EnginePlacement, LearnerPlacement):
     """Where the processes of `rlprm train` sit."""
 
     prm_ranks: Count
+    prm_nodes: NodeList
     weight_transport: Literal["object_store", "gloo", "nccl"]
     weight_bucket_bytes: Count
 
@@ -233,6 +241,7 @@ class SftPlacement(LearnerPlacement):
 
     prm_ranks = engines = tensor_parallel = property(lambda self: 0)
     gpus_per_engine = property(lambda self: 0.0)
+    prm_nodes = engine_nodes = property(lambda self: None)
 
 
 class EvaluatePlacement(EnginePlacement):
@@ -240,6 +249,7 @@ class EvaluatePlacement(EnginePlacement):
 
     policy_ranks = prm_ranks = property(lambda self: 1)
     gpus_per_rank = property(lambda self: 0.0)
+    policy_nodes = prm_nodes = property(lambda self: None)
 
 
 class TrainConfig(Section):
@@ -272,6 +282,7 @@ class TrainConfig(Section):
     alarms: Alarms
     evaluation: Evaluation
     checkpoint: Checkpoint
+    recovery: Recovery
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> TrainConfig:

@@ -11,10 +11,13 @@ from rlprm.config_base import Count, Positive, Section
 
 class Tracker(Section):
     tensorboard: bool
+    tensorboard_dir: str | None
     wandb: bool
     project: str
     group: str | None
+    job_type: str | None
     tags: list[str]
+    config_artifact: bool
     rollout_groups: Annotated[int, Field(ge=0)] | None  # of the first rank; null: all groups of all ranks
 
 
@@ -56,3 +59,13 @@ class Evaluation(Section):
 class Checkpoint(Section):
     every: Annotated[int, Field(ge=0)]  # steps
     keep_last: Count
+
+
+class Recovery(Section):
+    """What happens when a process or its node is lost."""
+
+    restarts: Annotated[int, Field(ge=0)]  # of the learners, from the last checkpoint
+    wait_s: Annotated[float, Field(ge=0)]  # for lost nodes to come back
+    min_policy_ranks: Count | None
+    min_prm_ranks: Count | None
+    min_engines: Count | None

@@ -49,5 +49,9 @@ class AlarmRaised(RlprmError, RuntimeError):
     """An alarm whose action is `stop` was raised: the run has ended, with metrics and checkpoint written."""
 
 
+class Stopped(RlprmError, RuntimeError):
+    """The run was asked to end: it has finished its step, saved and ended."""
+
+
 class VerifierError(RlprmError, RuntimeError):
     """Too many verdicts failed, or a canary with a known answer was judged wrongly."""

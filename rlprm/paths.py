@@ -30,9 +30,18 @@ def recipes_dir() -> Path:
     return _locate("recipes")
 
 
+def cluster_dir() -> Path:
+    """The folder of cluster options, pinned environments, and shapes of models and GPUs.
+
+    Raises:
+        ConfigError: neither a checkout nor a complete wheel.
+    """
+    return _locate("cluster")
+
+
 def _locate(name: str, package: Path = PACKAGE) -> Path:
     # The packaged copy comes first: in site-packages a neighbour called `conf` belongs to somebody else.
-    candidates = [package / f"_{name}", package.parent / name]
+    candidates = [package / "_shipped" / name, package.parent / name]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate

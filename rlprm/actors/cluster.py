@@ -6,18 +6,23 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import ray
 from ray._private import services
 from ray.exceptions import RayError
 
+from rlprm.actors.group import FOLDER
+from rlprm.actors.network import addresses, variables
 from rlprm.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+KNOCK_S = 10.0
 
 
 @contextmanager
@@ -33,7 +38,8 @@ def cluster(
         _require_memory(object_store_bytes)
     already = ray.is_initialized()
     if not already:
-        _start(address, num_actors, object_store_bytes, working_dir)
+        with _sigterm_stays():
+            _start(address, num_actors, object_store_bytes, working_dir)
     try:
         have = ray.cluster_resources().get("GPU", 0.0)
         if have < gpus:
@@ -44,7 +50,20 @@ def cluster(
         yield
     finally:
         if not already:
-            ray.shutdown()
+            with _sigterm_stays():
+                ray.shutdown()
+
+
+@contextmanager
+def _sigterm_stays() -> Iterator[None]:
+    """Put a handler of SIGTERM back: Ray's start puts its own and a crash report in its place, Ray's end the default."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # without a handler of somebody's own, Ray's is better than none: it stops what was started
+        if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start(address: str | None, num_actors: int, object_store_bytes: int | None, working_dir: str) -> None:
@@ -52,13 +71,15 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
-        # actors import rlprm and the user's own package from where the driver does
-        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(working_dir)}},
+        # actors import rlprm and the user's own package from where the driver does, and understand relative paths as it does
+        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(working_dir), FOLDER: os.getcwd()}},
     }
     if address is not None:
         try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, RayError) as error:
+            _knock(address)
+            with _loopback_stays():  # nodes that were started on loopback are known by that address
+                ray.init(address=address, **options)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at placement.ray_address {address!r} ({str(error).splitlines()[0]}); start one there, "
                 "give its token in RAY_AUTH_TOKEN, or set the address to null"
@@ -69,6 +90,7 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
     options["runtime_env"]["env_vars"].update(_loopback_only())
     with _loopback_stays():
         ray.init(
+            "local",  # without it Ray joins whatever runs on this machine, or RAY_ADDRESS names
             include_dashboard=False,
             _node_ip_address=LOOPBACK,  # a run of one machine listens on loopback only
             # logical: on few cores there are more processes than cores, and they take turns
@@ -76,6 +98,18 @@ def _start(address: str | None, num_actors: int, object_store_bytes: int | None,
             object_store_memory=object_store_bytes,
             **options,
         )
+
+
+def _knock(address: str) -> None:
+    """Does anything listen there? Ray itself would ask for minutes.
+
+    Raises:
+        OSError: nothing does.
+        ValueError: the port is no number.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 @contextmanager
@@ -98,10 +132,7 @@ def _loopback_only() -> dict[str, str]:
 
     They would otherwise listen on the address that the machine's name stands for.
     """
-    names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == LOOPBACK for one in found)]
-    wanted = {"VLLM_HOST_IP": LOOPBACK}
-    if names:
-        wanted |= {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": names[0]}
+    wanted = {"VLLM_HOST_IP": LOOPBACK, **variables(LOOPBACK, addresses())}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rlprm.actors import places
+from rlprm.actors.network import use_own_interface
 from rlprm.errors import RlprmError, WorkerLost
+
+FOLDER = "RLPRM_FOLDER"  # where relative paths begin, for processes that Ray starts somewhere else
+
+
+def settle(log_file: str) -> None:
+    """First thing in every actor: its output goes to its log, relative paths begin where they do for the driver, and
+    its sockets open on the address that the other nodes know."""
+    redirect_output(log_file)
+    folder = os.environ.get(FOLDER)
+    if folder and os.path.isdir(folder):
+        os.chdir(folder)
+    use_own_interface()
 
 
 def redirect_output(log_file: str) -> None:
@@ -35,24 +49,38 @@ def answer(references: Any, *, what: str, timeout_s: float, logs: str = "") -> A
     except GetTimeoutError as error:
         raise WorkerLost(
             f"{what} did not answer within {timeout_s:.0f} s; raise placement.stage_timeout_s if it was "
-            f"still working{hint}"
+            f"still working{places.who_is_lost(references, wait_s=0.0)}{hint}"
         ) from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, RlprmError):
             raise cause from None
-        if isinstance(cause, (ActorDiedError, ActorUnavailableError)):
-            raise WorkerLost(f"{what}: a process it depends on is gone ({cause}){hint}") from error
-        raise WorkerLost(f"{what} failed: {type(cause).__name__}: {cause}{hint}") from error
+        if isinstance(cause, RayActorError):
+            raise WorkerLost(f"{what}: a process it depends on is gone ({_gone(cause)}){hint}") from error
+        wait_s = places.NOTICE_S if places.looks_broken(cause) else 0.0
+        lost = places.who_is_lost(references, wait_s=wait_s)
+        raise WorkerLost(f"{what} failed: {type(cause).__name__}: {cause}{lost}{hint}") from error
     except RayActorError as error:
-        raise WorkerLost(f"{what}: {_death(error)}{hint}") from error
+        raise WorkerLost(f"{what}: {_gone(error)}{hint}") from error
+    except RayError as error:  # a value that was lost with its node, an actor whose node is gone before it started
+        lost = places.who_is_lost(references, wait_s=places.NOTICE_S)
+        raise WorkerLost(f"{what}: {_last_line(error)}{lost}{hint}") from error
+
+
+def _gone(error: RayActorError) -> str:
+    who = places.described(error)
+    return f"{who}: {_death(error)}" if who else _death(error)
 
 
 def _death(error: RayActorError) -> str:
     """Why an actor is gone, without Ray's traceback: the last line says it."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    started = any("creation task" in line for line in lines)
-    return f"{'it could not start' if started else 'its process died or cannot be reached'}: {lines[-1].strip()}"
+    started = "creation task" in str(error)
+    return f"{'it could not start' if started else 'its process died or cannot be reached'}: {_last_line(error)}"
+
+
+def _last_line(error: RayError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 class WorkerGroup:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
-from rlprm.actors.group import answer, redirect_output
+from rlprm.actors.engines import gone
+from rlprm.actors.group import answer, settle
 from rlprm.batch import Batch, Row, balance, jagged
 from rlprm.core.alarms import copies, repetition
 from rlprm.core.steps import step_indices
@@ -119,7 +121,7 @@ class JudgeActor:
     """A process of the role `judge`."""
 
     def __init__(self, factory: Callable[[], Judge], log_file: str) -> None:
-        redirect_output(log_file)
+        settle(log_file)
         self._judge = factory()
 
     def ready(self) -> bool:
@@ -214,19 +216,36 @@ class Judges:
         self._timeout_s = timeout_s
         self._needs_steps = needs_steps  # the method pays or compares steps
 
-    def judge(self, finished: Iterator[tuple[int, Any]]) -> tuple[Group, ...]:
-        """Judge groups while others are still being sampled; the answer is in prompt order, not in finish order."""
-        pending = []
-        for count, (index, rollouts) in enumerate(finished):
-            actor = self._actors[count % len(self._actors)]
-            pending.append(actor.judge.options(num_returns=2).remote(index, rollouts))
-        summaries = answer([summary for _, summary in pending], what="judge", timeout_s=self._timeout_s)
-        groups = [
-            Group(index=index, keep=keep, rows=rows, greedy=greedy, reference=reference)
-            for (reference, _), (index, keep, rows, greedy) in zip(pending, summaries, strict=True)
-        ]
+    def judge(self, finished: Any, told: Callable[[], Any] | None = None) -> tuple[Group, ...]:
+        """Judge groups while others are still being sampled; the answer is in prompt order, not in finish order.
+
+        ``finished``: an iterator as :class:`rlprm.actors.sampled.Sampled`. Rollouts that were lost with their engine
+        before a judge could fetch them are asked for again there. ``told`` is called as each group comes.
+        """
+        groups: list[Group] = []
+        lost: list[int] | None = None
+        while lost != []:
+            pending = {}
+            for count, (index, rollouts) in enumerate(finished):
+                if told is not None and lost is None:
+                    told()
+                actor = self._actors[count % len(self._actors)]
+                pending[index] = actor.judge.options(num_returns=2).remote(index, rollouts)
+            judged = {index: self._judged(*references) for index, references in pending.items()}
+            groups += [group for group in judged.values() if group is not None]
+            lost = [index for index, group in judged.items() if group is None]
+            if lost:
+                finished.again(lost)
         self._absent([row for group in groups for row in (*group.rows, *group.greedy)])
         return tuple(sorted(groups, key=lambda group: group.index))
+
+    def _judged(self, reference: Any, summary: Any) -> Group | None:
+        """The judged group; None: its rollouts were lost on the way."""
+        if _lost_on_the_way(summary, self._timeout_s):
+            _lost_on_the_way(reference, 0.0)  # or Ray would tell the user of an error that nobody has looked at
+            return None
+        index, keep, rows, greedy = answer(summary, what="judge", timeout_s=self._timeout_s)
+        return Group(index=index, keep=keep, rows=rows, greedy=greedy, reference=reference)
 
     def canaries(self) -> list[str]:
         """What the verifiers get wrong now; see :meth:`Judge.canaries`."""
@@ -304,6 +323,18 @@ class Judges:
             "verifier/failures": float(sum("timeout" not in row.reason for row in absent)),
             "verifier/timeouts": float(sum("timeout" in row.reason for row in absent)),
         }
+
+
+def _lost_on_the_way(reference: Any, timeout_s: float) -> bool:
+    """Has a judge that lives not got its argument? One that died itself raises no RayTaskError."""
+    ray.wait([reference], timeout=timeout_s)
+    try:
+        ray.get(reference, timeout=0.0)
+    except RayTaskError as error:
+        return gone(error)
+    except RayError:
+        return False  # said in words by whoever waits for the answer
+    return False
 
 
 def dropped(groups: Sequence[Sequence[Row]]) -> dict[str, float]:

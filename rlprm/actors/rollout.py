@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from rlprm.actors.group import answer, redirect_output
-from rlprm.errors import RlprmError, WorkerLost
+from rlprm.actors.engines import MAX_TRIES, Engines
+from rlprm.actors.group import answer, settle
+from rlprm.actors.nodes import nodes
+from rlprm.actors.sampled import BEGUN, Sampled, Tally
+from rlprm.errors import WorkerLost
 from rlprm.roles import Generator, Prompt, Request, Rollout
-
-MAX_TRIES = 3  # of a group that the engine aborts
 
 
 def seed_of(run_seed: int, *parts: object) -> int:
@@ -63,19 +63,25 @@ class RolloutActor:
     """One engine in its own process."""
 
     def __init__(self, factory: Callable[[], Generator], log_file: str) -> None:
-        redirect_output(log_file)
+        settle(log_file)
         self._generator = factory()
 
     def ready(self) -> bool:
         return True
 
-    def sample(self, requests: list[tuple[int, Request]]) -> Iterator[tuple[int, int] | list[Rollout]]:
-        """Groups as they finish: first (index of the request, samples that were aborted), then the rollouts.
+    def place(self) -> str:
+        """The name of its node."""
+        own = ray.get_runtime_context().get_node_id()
+        return next((f"node {node.name}" for node in nodes() if node.id == own), "a node that has left")
+
+    def sample(self, requests: list[tuple[int, Request]]) -> Iterator[str | tuple[int, int] | list[Rollout]]:
+        """BEGUN, then groups as they finish: the rollouts, and (index of the request, samples that were aborted).
 
         The pair is small and goes to the driver; the rollouts stay in the object store. What the engine aborts is
         sampled again with the same seeds: a fragment must never look like a response. A greedy response that was asked
         for besides comes last in its group. Requests that share seeds are sampled one after the other.
         """
+        yield BEGUN
         waiting, tries = requests, 0
         aborted = dict.fromkeys((index for index, _ in requests), 0)
         while waiting:
@@ -94,8 +100,8 @@ class RolloutActor:
                     aborted[index] += len(rollouts)
                     waiting.append((index, request))
                     continue
-                yield index, aborted[index]
                 yield rollouts
+                yield index, aborted[index]
 
     def _answers(self, batches: Iterable[dict[int, Part]]) -> Iterator[tuple[Part, list[Rollout]]]:
         """What was asked for with its rollouts, as the engine finishes them."""
@@ -106,9 +112,9 @@ class RolloutActor:
     def sample_all(self, requests: list[Request]) -> list[list[Rollout]]:
         """The rollouts of each request at once, for callers that need all of them; aborted ones are sampled again."""
         found: dict[int, list[Rollout]] = {}
-        finished = self.sample(list(enumerate(requests)))
-        for index, _ in finished:
-            found[index] = next(finished)
+        _, *finished = self.sample(list(enumerate(requests)))
+        for rollouts, (index, _) in zip(finished[::2], finished[1::2], strict=True):
+            found[index] = rollouts
         return [found[index] for index in range(len(requests))]
 
     def load_buckets(self, version: int, manifest: Any, references: list[Any]) -> str:
@@ -126,6 +132,9 @@ class RolloutActor:
     def load_group(self, version: int, manifest: Any, bucket_bytes: int) -> str:
         return self._generator.load_group(version, manifest, bucket_bytes, True)
 
+    def mend(self) -> bool:
+        return self._generator.mend()
+
     def logprobs(self, tokens: list[list[int]], temperature: float) -> list[list[float]]:
         return self._generator.logprobs(tokens, temperature)
 
@@ -134,11 +143,15 @@ class RolloutActor:
 
 
 class Rollouts:
-    """Driver's side of the engines."""
+    """Driver's side of the engines: what to ask of them, whichever are there.
+
+    ``engines``: handles, of which the i-th is engine number i; or the :class:`Engines` of an earlier run. For
+    ``restart``, ``min_engines``, ``logs`` and ``start_timeout_s`` see :class:`Engines`.
+    """
 
     def __init__(
         self,
-        engines: Sequence[Any],
+        engines: Sequence[Any] | Engines,
         *,
         seed: int,
         temperature: float,
@@ -146,15 +159,31 @@ class Rollouts:
         samples: int,
         greedy: bool,
         timeout_s: float,
+        restart: Callable[[int], Any] | None = None,
+        min_engines: int | None = None,
+        logs: str = "",
+        start_timeout_s: float = 600.0,
     ) -> None:
-        self.engines = tuple(engines)
+        self.engines = (
+            engines
+            if isinstance(engines, Engines)
+            else Engines(
+                engines,
+                restart=restart,
+                least=min_engines,
+                logs=logs,
+                start_timeout_s=start_timeout_s,
+                timeout_s=timeout_s,
+            )
+        )
+        self.engines.least = min_engines  # engines that are kept may have had another run's rule
         self._seed = seed
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._samples = samples
         self._greedy = greedy  # a greedy response to each training prompt besides, as a baseline
         self._timeout_s = timeout_s
-        self._aborted = 0
+        self._tally = Tally()
 
     def requests(self, prompts: Sequence[Prompt], *key: object) -> list[Request]:
         """Training requests; ``key`` (step, round) makes their seeds unlike those of every other step."""
@@ -169,45 +198,31 @@ class Rollouts:
             for position, prompt in enumerate(prompts)
         ]
 
-    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
-        """(index of the request, reference to its rollouts), as groups finish on any engine.
+    def sample(self, requests: Sequence[Request]) -> Sampled:
+        """(index of the request, reference to its rollouts), as groups finish on any engine; see :class:`Sampled`."""
+        return Sampled(requests, self.engines, tally=self._tally, timeout_s=self._timeout_s)
 
-        Raises:
-            WorkerLost: an engine died or was silent for ``timeout_s`` seconds.
-        """
-        size = len(self.engines)
-        streams = []
-        for number, engine in enumerate(self.engines):
-            mine = [(index, requests[index]) for index in range(number, len(requests), size)]
-            if mine:
-                streams.append(engine.sample.options(num_returns="streaming").remote(mine))
-        while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=self._timeout_s, fetch_local=False)
-            if not ready:
-                raise WorkerLost(f"no rollout engine finished a group within {self._timeout_s:.0f} s; see their logs")
-            stream = ready[0]
-            try:
-                index, aborted = ray.get(next(stream), timeout=self._timeout_s)
-                self._aborted += aborted
-                yield index, next(stream)
-            except StopIteration:
-                streams.remove(stream)
-            except RayTaskError as error:
-                if isinstance(error.cause, RlprmError):
-                    raise error.cause from None
-                raise WorkerLost(f"a rollout engine failed: {error.cause}; see logs/rollout*.log") from error
-            except RayActorError as error:
-                raise WorkerLost(f"a rollout engine died: {error}") from error
+    def renew(self) -> None:
+        """Take in engines that have become ready and replace those that are missing; when a publish begins."""
+        self.engines.renew()
 
-    def take_aborted(self) -> int:
-        """Responses that an engine gave up and sampled again since the last call."""
-        count, self._aborted = self._aborted, 0
-        return count
+    def take_metrics(self) -> dict[str, float]:
+        """Engines that are there, and since the last call: engines lost and joined, groups and responses sampled again."""
+        aborted, resampled = self._tally.take()
+        return {
+            **self.engines.take_metrics(),
+            "rollout/resampled_groups": float(resampled),
+            "keep/aborted": float(aborted),
+        }
 
     def logprobs(self, tokens: list[list[int]], temperature: float) -> list[list[list[float]]]:
         """log mu of fixed tokens on every engine."""
-        references = [engine.logprobs.remote(tokens, temperature) for engine in self.engines]
-        return answer(references, what="rollout engines (logprobs)", timeout_s=self._timeout_s)
+        asked = {
+            number: engine.logprobs.remote(tokens, temperature) for number, engine in self.engines.present().items()
+        }
+        return list(self.engines.answers(asked, what="log-probs").values())
 
     def close(self) -> None:
+        """Close the engines, and end what was still loading."""
+        self.engines.drop_helpers()
         answer([engine.close.remote() for engine in self.engines], what="rollout engines (close)", timeout_s=30.0)

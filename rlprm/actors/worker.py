@@ -6,17 +6,18 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from torch import Tensor
 
-from rlprm.actors.group import redirect_output
+from rlprm.actors.group import settle
 from rlprm.batch import flatten
 from rlprm.core.metrics import Max
 from rlprm.core.row_scores import row_scores
-from rlprm.engine.checkpoints import random_state, restore_random_state
+from rlprm.engine.checkpoints import random_state, restore_random_state, written
 from rlprm.engine.combine import Measured
 from rlprm.engine.distributed import join, leave, reserve
 from rlprm.records import JaggedShard, cat
@@ -39,7 +40,7 @@ class Worker:
     """Hosts the roles that were built on it; each method unpacks shards, calls one role, and packs the answer."""
 
     def __init__(self, log_file: str) -> None:
-        redirect_output(log_file)
+        settle(log_file)
         self._policy: Any = None
         self._reference: Any = None
         self._sources: dict[str, Any] = {}
@@ -175,9 +176,15 @@ class Worker:
     def send_weights(self, bucket_bytes: int) -> str:
         return self._policy.send(bucket_bytes)
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> dict[str, int]:
+        """Every role's state; the files of this rank, which are on disk now, with their sizes."""
+        files: dict[str, int] = {}
         for role in self._savable():
             role.save(f"{folder}/{role.name}")
+            for root in (Path(f"{folder}/{role.name}"), Path(f"{folder}/{role.name}_critic")):
+                if root.is_dir():
+                    files |= written(root)
+        return files
 
     def load(self, folder: str) -> None:
         for role in self._savable():

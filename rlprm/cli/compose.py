@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra import compose
@@ -30,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from rlprm.errors import ConfigError
-from rlprm.paths import conf_dir, recipes_dir
+from rlprm.paths import cluster_dir, conf_dir, recipes_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,9 @@ def composed(
             on the command line that the command does not read.
     """
     parsed = _parsed(overrides)
+    for override in parsed:
+        if override.key_or_group.split(".")[0] == "cluster" and name != "launch":
+            raise ConfigError(f"{override.input_line}: rlprm {name} runs here; rlprm launch runs it on a cluster")
     named = [override.value() for override in parsed if override.key_or_group == "recipe"]
     if len(named) > 1:
         raise ConfigError(f"recipe is given {len(named)} times ({', '.join(map(str, named))}); choose one")
@@ -79,7 +83,8 @@ def composed(
     for folder in own:
         if not folder.is_dir():
             raise ConfigError(f"configuration folder {folder} does not exist; expected a folder of YAML groups")
-    chosen = [recipes_dir() / str(recipe) for recipe in named]
+    # a recipe's prepare.yaml has the name of what `rlprm prepare` starts from, and must not hide it
+    chosen = [recipes_dir() / str(recipe) for recipe in named if name != "prepare"]
     try:
         with _searching(own + chosen):
             _refuse_new_keys(name, parsed, config_dir, reads)
@@ -120,6 +125,7 @@ def options_in(first: Sequence[Path]) -> dict[str, list[str]]:
         for file in root.rglob("*.yaml"):
             if file.parent != root:
                 found.setdefault(str(file.parent.relative_to(root)), set()).add(file.stem)
+    found.setdefault("cluster", set()).update(file.stem for file in cluster_dir().glob("*.yaml"))
     return {group: sorted(options) for group, options in found.items()}
 
 
@@ -164,8 +170,9 @@ def _recipe(override: str, name: str) -> str:
     known = groups()["recipe"]
     if value not in known:
         raise ConfigError(f"recipe {value!r} does not exist (there are: {', '.join(known)}){_nearest(value, known)}")
-    file = {"sft": "warm_up", "prm": "step_labels"}.get(name, "config")
-    return f"+{value}@_global_={file}"
+    file = {"sft": "warm_up", "prm": "step_labels", "prepare": "prepare"}.get(name, "config")
+    # the name stands on the right, where Hydra's grammar allows the dots of `qwen2.5_0.5b`
+    return f"+recipes@_global_={value}/{file}"
 
 
 def flat_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -252,14 +259,20 @@ def _searching(first: Sequence[Path]) -> Iterator[None]:
     path = create_config_search_path(str(conf_dir()))
     for folder in reversed(first):
         path.prepend(provider="own options", path=f"file://{folder.resolve()}")
-    # behind "main" but before "schema", which Hydra wants to be the last
-    path.prepend(provider="recipes", path=f"file://{recipes_dir().resolve()}", anchor="schema")
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2(task_name="rlprm", config_search_path=path)
-    try:
-        yield
-    finally:
-        restore_gh_from_backup(saved)
+    with TemporaryDirectory() as shipped:
+        # `cluster` and `recipes` are groups of a folder that holds nothing else: to Hydra every folder beside them would be
+        # a group too, and `runs=...` would choose an option of the folder of runs
+        for group in (cluster_dir(), recipes_dir()):
+            (Path(shipped) / group.name).symlink_to(group.resolve())
+        # behind "main" but before "schema", which Hydra wants to be the last
+        path.prepend(provider="recipes", path=f"file://{recipes_dir().resolve()}", anchor="schema")
+        path.prepend(provider="shipped", path=f"file://{shipped}", anchor="schema")
+        GlobalHydra.instance().clear()
+        Hydra.create_main_hydra2(task_name="rlprm", config_search_path=path)
+        try:
+            yield
+        finally:
+            restore_gh_from_backup(saved)
 
 
 def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
@@ -275,7 +288,7 @@ def _origins(name: str, arguments: Sequence[str]) -> dict[str, str]:
         content = OmegaConf.to_container(loaded.config, resolve=False)
         prefix = default.package or ""
         for key, _ in flat_leaves(content, prefix):
-            origins[key] = f"{default.config_path}.yaml"
+            origins[key] = f"{default.config_path.removeprefix('recipes/')}.yaml"
     chosen = set(options_in([]))
     for line in arguments:
         override = OverridesParser.create().parse_override(line)

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlprm.errors import ConfigError, RlprmError
+from rlprm.errors import ConfigError, RlprmError, Stopped
+from rlprm.run.stopping import sigterm_interrupts
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+ENDED = 143  # ... for SIGTERM
 
 # Each subcommand is a module with `arguments(parser)` and `run(options) -> exit code`; only the chosen one is imported,
 # so that `rlprm judge` does not wait for torch and Ray.
@@ -27,6 +29,13 @@ COMMANDS = {
     "judge": "grade a file of answers with a verifier",
     "export": "write policy and PRM of a run as Hugging Face folders",
     "report": "summary, table and plots of finished runs",
+    "prepare": "fetch or convert the data and models that a recipe names",
+    "plan": "what a configuration needs, before anything starts",
+    "doctor": "is this environment fit to run it? each finding with its cure",
+    "launch": "start a run: here, on hosts, Slurm, Kubernetes or a Ray cluster",
+    "status": "what was launched, and how it stands",
+    "logs": "what a launched run prints",
+    "stop": "end a launched run",
 }
 
 
@@ -51,7 +60,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; 0 when it succeeded, 1 for an error the user can act on, 130 after Ctrl-C."""
+    """Run one subcommand; 0 when it succeeded, 1 for an error the user can act on.
+
+    130 after Ctrl-C, and after SIGTERM where nothing is to be saved; 143 where a run was asked to end and has saved.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(usage())
@@ -61,13 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(f"rlprm: no subcommand {name!r}" + (f"; nearest is {near[0]!r}" if near else ""), file=sys.stderr)
         return 2
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless it is asked for
+    if name != "prepare":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless it is asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = importlib.import_module(f"rlprm.cli.{name}")
     parser = Parser(prog=f"rlprm {name}", description=COMMANDS[name], add_help=command.OWN_HELP, allow_abbrev=False)
     command.arguments(parser)
     try:
-        return command.run(parser.parse_intermixed_args(rest))
+        with sigterm_interrupts():
+            return command.run(parser.parse_intermixed_args(rest))
+    except Stopped as error:
+        again = "" if name == "ablate" else " with resume=auto"
+        print(f"rlprm {name}: {error}; the same command{again} continues", file=sys.stderr)
+        return ENDED
     except RlprmError as error:
         print(f"rlprm {name}: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from rlprm.errors import ConfigError
 from rlprm.run.progress import Progress
 
 OWN_HELP = False  # --help lists groups and options
+ELSEWHERE = ("cluster", "dataset")  # groups of `rlprm launch` and `rlprm prepare`
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +48,16 @@ def run(options: argparse.Namespace) -> int:
         return 0
     # every seed's configuration is checked before the first run starts
     configs: list[TrainConfig] = [validated(TrainConfig, each.values) for each in configurations]
-    from rlprm.run.training import train
+    from rlprm.run.stopping import Stopping
+    from rlprm.run.supervisor import supervised
 
     progress = Progress(quiet=options.quiet)
     folders: list[Path] = []
-    for config, each in zip(configs, configurations, strict=True):
-        if seeds is not None:
-            progress.say(f"seed {config.seed}")
-        folders.append(train(config, each, progress))
+    with Stopping(progress.say).on_sigterm() as stopping:
+        for config, each in zip(configs, configurations, strict=True):
+            if seeds is not None:
+                progress.say(f"seed {config.seed}")
+            folders.append(supervised(config, each, progress, stopping))
     if options.summary:
         from rlprm.report.summary import print_summary
 
@@ -105,7 +108,7 @@ def help_text(name: str, config_dir: Path | None, only: Container[str] | None = 
 
     lines = [f"rlprm {name} key=value group=option ...", "", "groups and options:"]
     for group, options in groups(config_dir).items():
-        if only is not None and group not in only:
+        if group in ELSEWHERE if only is None else group not in only:
             continue
         lines.append(f"  {group:<14} {', '.join(options)}")
     lines += ["", f"keys of conf/{name}.yaml (groups bring more; --cfg prints all with their origin):"]

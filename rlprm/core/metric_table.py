@@ -228,6 +228,17 @@ METRICS: tuple[MetricSpec, ...] = (
         disagreement     | 1 | largest minus smallest vote, mean over entries with two votes or more
         label_agreement  | 1 | judged steps whose verdict agrees with their exact label
         """),
+    *_family("rollout/", "driver", """
+        engines          | 1 | rollout engines that hold the weights of this step
+        engines_lost     | 1 | rollout engines that were lost during the step
+        engines_joined   | 1 | replacements that joined when the step's weights were sent
+        engines_failed   | 1 | replacements that did not start
+        resampled_groups | 1 | groups sampled again, with the same seeds, because of a lost engine
+        resampled_for_sources | 1 | requests of process sources that another engine had to answer
+        """),
+    *_family("run/", "driver", """
+        restarts         | 1 | times the run has started again by itself from a checkpoint, because something was lost
+        """),
     *_family("staleness/", "driver", """
         mean | optimizer steps | policy version at training minus version that sampled
         max  | optimizer steps | the largest such gap

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rlprm.engine import distributed
 from rlprm.errors import CheckpointError
 
 TAG = "state"
+_RANK = re.compile(r"(?:zero_pp_rank_|random_)(\d+)")  # in names of files that each rank has of its own
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
@@ -25,7 +28,7 @@ def read_card(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """The card of ``folder``, which must agree with ``expected``.
 
     Raises:
-        CheckpointError: no card, or the state was written with another number of ranks, stage or precision.
+        CheckpointError: no card, or the state was written with another stage or precision.
     """
     path = folder / "learner.json"
     try:
@@ -41,14 +44,40 @@ def read_card(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return card
 
 
+def written(folder: Path) -> dict[str, int]:
+    """What this rank has written under ``folder``, now on disk: sizes by path. Files without a rank are those of rank 0.
+
+    On a file system that nodes share, what one of them has written reaches the others for certain only when it is synced.
+    """
+    sizes = {}
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        of = _RANK.search(path.name)
+        if int(of.group(1) if of else 0) == distributed.rank():
+            sync(path)
+            sizes[str(path)] = path.stat().st_size
+    for directory in [folder, *(each for each in folder.rglob("*") if each.is_dir())]:
+        sync(directory)
+    return sizes
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save_random_state(folder: Path) -> None:
     """Each rank's torch generators."""
     torch.save(random_state(), _random_path(folder))
 
 
-def load_random_state(folder: Path) -> None:
-    """The inverse of :func:`save_random_state`."""
-    restore_random_state(safe_load(_random_path(folder)))
+def load_random_state(folder: Path, ranks: int) -> None:
+    """The inverse of :func:`save_random_state`, where ``ranks`` ranks had called it; a further one keeps its own."""
+    if distributed.rank() < ranks:
+        restore_random_state(safe_load(_random_path(folder)))
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -68,8 +97,10 @@ def _random_path(folder: Path) -> Path:
     return folder / f"random_{distributed.rank()}.pt"
 
 
-def safe_load(path: Path | str, map_location: Any = "cpu") -> Any:
+def safe_load(path: Path | str, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """``torch.load`` that refuses to run code, apart from the few plain classes DeepSpeed writes into its state.
+
+    ``mmap``: tensors stay on disk until they are used.
 
     Raises:
         CheckpointError: damaged, missing, or holding anything else.
@@ -81,7 +112,7 @@ def safe_load(path: Path | str, map_location: Any = "cpu") -> Any:
     plain = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, set]
     try:
         with torch.serialization.safe_globals(plain):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({error}); it is missing, damaged or not one of ours: "

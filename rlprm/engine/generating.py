@@ -102,6 +102,7 @@ class Loadable(ABC):
         self._in_flight = 0
         self._joined = False
         self._broken = ""
+        self._mended = False
 
     def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> str:
         """Replace all weights in place with ``weights``; the digest of what was received.
@@ -129,8 +130,17 @@ class Loadable(ABC):
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a manifest that :meth:`load_group` would refuse, before a sender starts to wait for receivers."""
-        self._require_whole()
+        if not self._mended:
+            self._require_whole()
         manifest.require(self._expected)
+
+    def mend(self) -> bool:
+        """After a load that broke off: make ready for another. Until that is complete nothing can be sampled.
+
+        False: this engine cannot be mended and must be restarted.
+        """
+        self._mended = not self._broken or self._mend()
+        return self._mended
 
     def join_group(self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float) -> None:
         """Join the sender's group with :attr:`group_ranks` ranks from ``first_rank``; a group joined before is left.
@@ -145,6 +155,10 @@ class Loadable(ABC):
     @abstractmethod
     def group_ranks(self) -> int:
         """How many receivers this engine brings into a group."""
+
+    @abstractmethod
+    def _mend(self) -> bool:
+        """Undo what a load that broke off has left behind, other than values of weights; False: it cannot be done."""
 
     @abstractmethod
     def _join_group(
@@ -165,6 +179,7 @@ class Loadable(ABC):
                 "exhaust or close its iterator, then load"
             )
         self._broken = f"a load of {len(manifest.names)} weights after version {self.version} broke off"
+        self._mended = False
 
     def _done(self, version: int, digest: str) -> str:
         self._broken, self.version = "", version

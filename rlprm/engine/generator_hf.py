@@ -78,11 +78,18 @@ class HfGenerator(Loadable):
     def close(self) -> None:
         """Release the model; the engine cannot be used afterwards."""
         self._broken = "the engine was closed"
+        if self._group is not None:
+            self._group.leave()
         self._weights, self._model, self._group = {}, torch.nn.Identity(), None
+
+    def _mend(self) -> bool:
+        return bool(self._weights)  # each is copied in place, so a mixture is all that a load can leave
 
     def _join_group(
         self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
     ) -> None:
+        if self._group is not None:
+            self._group.leave()
         self._group = make_group(host, port, first_rank, world, backend, timeout_s)
 
     def _load_buckets(self, manifest: Manifest, packed: Sequence[Tensor | np.ndarray]) -> str:

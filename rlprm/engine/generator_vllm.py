@@ -175,6 +175,9 @@ class VllmLoadable(Loadable):
             seed=request.seeds[sample],
         )
 
+    def _mend(self) -> bool:
+        return all(self._call_workers("rlprm_mend"))
+
     def _join_group(
         self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
     ) -> None:

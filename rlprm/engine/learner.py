@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlprm.core import metrics
-from rlprm.engine import checkpoints, distributed, scoring
+from rlprm.engine import checkpoints, distributed, resharding, scoring
 from rlprm.engine.optimizer import LearnerSettings, adamw, deepspeed_config
 from rlprm.engine.schedule import learning_rate
 from rlprm.engine.scoring import Head, Sequences
@@ -73,6 +73,9 @@ class Learner:
             model=self._head, optimizer=adamw(self._head, settings), config=deepspeed_config(settings)
         )
         checkpoints.make_loading_safe(self._engine)
+        self._hyperparameters = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in self._engine.optimizer.param_groups
+        ]
 
     @property
     def model(self) -> nn.Module:
@@ -236,30 +239,40 @@ class Learner:
             self._engine.save_checkpoint(str(folder), tag=checkpoints.TAG, save_latest=False)
             checkpoints.save_random_state(folder)
             if distributed.rank() == 0:
-                checkpoints.write_card(folder, {"steps": self.steps, **self._identity()})
+                ranks = distributed.world_size()
+                checkpoints.write_card(folder, {"steps": self.steps, "world_size": ranks, **self._identity()})
         except OSError as error:
             raise CheckpointError(f"learner state cannot be written to {folder}: {error}; free space there") from error
 
     def load(self, folder: str | Path) -> None:
-        """Continue from what :meth:`save` wrote.
+        """Continue from what :meth:`save` wrote, on as many ranks bit by bit the same.
+
+        On another number of ranks weights and optimizer are the same to the last bit, and what follows differs by the
+        order in which float32 numbers are added. A rank that the checkpoint does not know keeps its own random state.
 
         Raises:
-            CheckpointError: missing or damaged, or written with another number of ranks, ZeRO stage or precision.
+            CheckpointError: missing or damaged, or written with another ZeRO stage or precision.
         """
         folder = Path(folder)
         card = checkpoints.read_card(folder, self._identity())
-        path, _ = self._engine.load_checkpoint(str(folder), tag=checkpoints.TAG)
-        if path is None:
-            raise CheckpointError(f"{folder} has no state under {checkpoints.TAG}/; it is damaged, resume an older one")
-        checkpoints.load_random_state(folder)
+        ranks = int(card["world_size"])
+        # ZeRO-0 holds everything on every rank, and rank 0 has written it
+        if self.settings.zero_stage > 0 and ranks != distributed.world_size():
+            resharding.load(self._engine, folder / checkpoints.TAG, ranks)
+        else:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=checkpoints.TAG)
+            if path is None:
+                raise CheckpointError(
+                    f"{folder} has no state under {checkpoints.TAG}/; it is damaged, resume an older one"
+                )
+        # DeepSpeed puts back what the optimizer was made with; what it goes on with is this run's configuration
+        for group, wanted in zip(self._engine.optimizer.param_groups, self._hyperparameters, strict=True):
+            group.update(wanted)
+        checkpoints.load_random_state(folder, ranks)
         self.steps = int(card["steps"])
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "world_size": distributed.world_size(),
-            "zero_stage": self.settings.zero_stage,
-            "dtype": self.settings.dtype,
-        }
+        return {"zero_stage": self.settings.zero_stage, "dtype": self.settings.dtype}
 
     def export(self, folder: str | Path, tokenizer: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors, config, tokenizer files copied from ``tokenizer``).

@@ -311,15 +311,18 @@ class Policy:
         )
 
     def join_transfer(self, host: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
+        if self._group is not None:
+            self._group.leave()
         self._group = make_group(host, port, rank, world_size, backend, timeout_s)
 
     def send(self, bucket_bytes: int) -> str:
         """Broadcast all weights to the engines (rank 0); other ranks take part in gathering them."""
-        if self._group is not None:
-            return send(self._group, self._learner.named_weights(), bucket_bytes, digest=True)
-        for _ in self._learner.named_weights():
-            pass  # under ZeRO-3 gathering is collective
-        return ""
+        weights = self._learner.named_weights()
+        try:
+            return "" if self._group is None else send(self._group, weights, bucket_bytes, digest=True)
+        finally:
+            for _ in weights:
+                pass  # under ZeRO-3 gathering is collective: on every rank to the end, also when an engine is lost
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -350,6 +353,8 @@ class Policy:
         return folder
 
     def close(self) -> None:
+        if self._group is not None:
+            self._group.leave()
         self._learner.close()
         if self._critic is not None:
             self._critic.learner.close()

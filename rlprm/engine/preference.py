@@ -11,19 +11,16 @@ from torch import Tensor
 from rlprm.batch import chosen_rows, flat_response_mask, flat_rows
 from rlprm.core.implicit import sequence_sums
 from rlprm.core.metrics import Mean, Sum
-from rlprm.core.packing import Layout
 from rlprm.core.preference import Pair, Span, preference_loss, pull
-from rlprm.engine.batching import micros
 from rlprm.engine.combine import Measured, combined
 from rlprm.engine.learner import Learner, Outputs
-from rlprm.engine.sft import Shuffled
+from rlprm.engine.offline import Offline, Turns
 from rlprm.records import JaggedShard, MicroBatch
-from rlprm.roles import Reduce
 
 TEMPERATURE = 1.0  # the loss speaks of the model's own distribution
 
 
-class Preference:
+class Preference(Offline):
     """``-mean over pairs of weight * log sigmoid(beta * margin)`` over seeded mini-batches of pairs.
 
     ``pairs`` name rows of ``shard``, which every rank holds; the reference is the model as it is given, whose log-probs
@@ -33,53 +30,29 @@ class Preference:
     """
 
     name = "policy"
-    stateful = True
-    exportable = True
 
     def __init__(
-        self,
-        learner: Learner,
-        shard: JaggedShard,
-        pairs: Sequence[Pair],
-        *,
-        beta: float,
-        batch_size: int,
-        seed: int,
-        token_budget: int,
-        layout: Layout,
-        rank: int,
-        world_size: int,
-        reduce: Reduce,
-        tokenizer_path: str,
+        self, learner: Learner, shard: JaggedShard, pairs: Sequence[Pair], turns: Turns, *, beta: float
     ) -> None:
-        self._learner = learner
+        super().__init__(learner, len(pairs), turns)
         self._shard = shard
         self._pairs = tuple(pairs)
-        self._order = Shuffled(len(pairs), seed)
         self._beta = beta
-        self._batch_size = batch_size
-        self._token_budget = token_budget
-        self._layout = layout
-        self._rank = rank
-        self._world_size = world_size
-        self._tokenizer_path = tokenizer_path
-        self._reference = self._reference_logprobs(reduce)
+        self._reference = self._reference_logprobs()
 
-    def _reference_logprobs(self, reduce: Reduce) -> Tensor:
+    def _reference_logprobs(self) -> Tensor:
         """log pi_ref per flat token of the shard, each rank scoring its share of the rows."""
-        rows = torch.arange(self._rank, len(self._shard), self._world_size)
+        rows = torch.arange(self._turns.rank, len(self._shard), self._turns.world_size)
         own = self._learner.logprobs(chosen_rows(self._shard, rows), TEMPERATURE)
         everything = torch.zeros(len(self._shard.tokens), dtype=own.dtype)
-        return reduce.sum(everything.index_copy(0, flat_rows(self._shard.lengths, rows), own))
+        return self._turns.reduce.sum(everything.index_copy(0, flat_rows(self._shard.lengths, rows), own))
 
     def advance(self, steps: int) -> Measured:
         """Take ``steps`` optimizer steps."""
         return combined([self._step() for _ in range(steps)], prefix="dpo/")
 
     def _step(self) -> dict[str, Any]:
-        first = self._learner.steps * self._batch_size
-        places = range(first + self._rank, first + self._batch_size, self._world_size)
-        pairs = [self._pairs[self._order[place]] for place in places]
+        pairs = [self._pairs[index] for index in self._next()]
         rows = torch.tensor([pair.preferred for pair in pairs] + [pair.other for pair in pairs], dtype=torch.int64)
         spans = [pair.preferred_span for pair in pairs] + [pair.other_span for pair in pairs]
         weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
@@ -88,36 +61,23 @@ class Preference:
         moved = self._learner.logprobs(part, TEMPERATURE) - self._reference[flat_rows(self._shard.lengths, rows)]
         preferred, other = sequence_totals(moved, scored, part.lengths).split(len(pairs))
         margin = preferred - other
-        pulls = pull(margin, weight, self._beta) / self._batch_size
+        pulls = pull(margin, weight, self._beta) / self._turns.batch_size
         updated = self._learner.update(
-            micros(
-                part,
-                torch.arange(len(rows)),
-                token_fields={"scored": scored},
-                sequence_fields={"pull": torch.cat([-pulls, pulls]).float()},
-                token_budget=self._token_budget,
-                layout=self._layout,
+            self._micros(
+                part, torch.arange(len(rows)), {"scored": scored}, {"pull": torch.cat([-pulls, pulls]).float()}
             ),
             pulled,
             temperature=TEMPERATURE,
         )
         return {
             **updated,
-            "loss": Sum(float(preference_loss(margin, weight, self._beta).sum()) / self._batch_size),
+            "loss": Sum(float(preference_loss(margin, weight, self._beta).sum()) / self._turns.batch_size),
             "margin": Mean.of(margin),
             "accuracy": Mean.of((margin > 0).double() + 0.5 * (margin == 0).double()),
             "preferred_log_ratio": Mean.of(preferred),
             "other_log_ratio": Mean.of(other),
             "weight": Mean.of(weight),
         }
-
-    def export(self, folder: str) -> str:
-        """An ordinary Hugging Face folder."""
-        self._learner.export(folder, self._tokenizer_path)
-        return folder
-
-    def close(self) -> None:
-        self._learner.close()
 
 
 def pulled(micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:

@@ -13,14 +13,11 @@ from torch.nn import functional
 
 from rlprm.batch import jagged_texts
 from rlprm.core.metrics import Mean, Sum
-from rlprm.core.packing import Layout
 from rlprm.core.quality import step_auc
-from rlprm.engine.batching import micros
 from rlprm.engine.combine import Measured, agreed, combined
 from rlprm.engine.learner import Learner, Outputs
-from rlprm.engine.sft import Shuffled
+from rlprm.engine.offline import Offline, Turns
 from rlprm.records import JaggedShard, MicroBatch
-from rlprm.roles import Reduce
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +29,7 @@ class StepExample:
     labels: tuple[int, ...]
 
 
-class StepLabels:
+class StepLabels(Offline):
     """``-mean over labelled steps of (y log sigma(l) + (1 - y) log(1 - sigma(l)))`` over seeded mini-batches.
 
     The logit l of a step is the head's output at the position where its number stands. The learner's values describe the
@@ -41,35 +38,13 @@ class StepLabels:
     """
 
     name = "prm"
-    stateful = True
-    exportable = True
 
     def __init__(
-        self,
-        learner: Learner,
-        examples: Sequence[StepExample],
-        held_out: Sequence[StepExample],
-        *,
-        batch_size: int,
-        seed: int,
-        token_budget: int,
-        layout: Layout,
-        rank: int,
-        world_size: int,
-        reduce: Reduce,
-        tokenizer_path: str,
+        self, learner: Learner, examples: Sequence[StepExample], held_out: Sequence[StepExample], turns: Turns
     ) -> None:
-        self._learner = learner
+        super().__init__(learner, len(examples), turns)
         self._examples = examples
         self._held_out = held_out
-        self._order = Shuffled(len(examples), seed)
-        self._batch_size = batch_size
-        self._token_budget = token_budget
-        self._layout = layout
-        self._rank = rank
-        self._world_size = world_size
-        self._reduce = reduce
-        self._tokenizer_path = tokenizer_path
 
     def advance(self, steps: int) -> Measured:
         """Take ``steps`` optimizer steps; after the run's last one also measure the PRM on solutions it never saw."""
@@ -90,27 +65,10 @@ class StepLabels:
         return {} if found is None else {"prm/step_auc": found}
 
     def _step(self) -> dict[str, Any]:
-        first = self._learner.steps * self._batch_size
-        places = range(first + self._rank, first + self._batch_size, self._world_size)
-        shard, labels = laid_out([self._examples[self._order[place]] for place in places])
-        count = float(self._reduce.sum((labels >= 0).sum().double()))
-        prepared = micros(
-            shard,
-            torch.arange(len(shard)),
-            token_fields={"label": labels},
-            sequence_fields={},
-            token_budget=self._token_budget,
-            layout=self._layout,
-        )
+        shard, labels = laid_out([self._examples[index] for index in self._next()])
+        count = float(self._turns.reduce.sum((labels >= 0).sum().double()))
+        prepared = self._micros(shard, torch.arange(len(shard)), {"label": labels}, {})
         return self._learner.update(prepared, partial(label_cross_entropy, count))
-
-    def export(self, folder: str) -> str:
-        """An ordinary Hugging Face folder with a token-classification head of one label."""
-        self._learner.export(folder, self._tokenizer_path)
-        return folder
-
-    def close(self) -> None:
-        self._learner.close()
 
 
 def laid_out(examples: Sequence[StepExample]) -> tuple[JaggedShard, Tensor]:

@@ -131,6 +131,28 @@ def repack_linear(module: Any) -> None:
     dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
+def end_reload(model_runner: Any) -> bool:
+    """End a reload whose iterator failed: layers that had not all their weights get the tensors back that they had.
+
+    vLLM itself leaves them without storage, and would count what had come already towards the next reload. False: this
+    release keeps its reloads in another way.
+    """
+    try:
+        from vllm.model_executor.model_loader.reload import layerwise
+    except ImportError:
+        return False
+    model = model_runner.get_model()
+    if not all(hasattr(layerwise, name) for name in ("get_layerwise_info", "finalize_layerwise_reload")):
+        return False
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            info.load_numel = 0  # as if none had come; the end of a reload places the old tensors back then
+            info.loaded_weights.clear()
+    layerwise.finalize_layerwise_reload(model, model_runner.model_config)
+    return True
+
+
 def _started(engine: Any, arguments: Any, model_path: str, settings: VllmSettings) -> Any:
     values = _values(model_path, settings)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(arguments)})

@@ -22,12 +22,14 @@ class WeightReceiver:
 
     model_runner: Any  # of the worker class this is mixed into
     rank: int
-    rlprm_group: Group
+    rlprm_group: Group | None = None
 
     def rlprm_join_group(
         self, host: str, port: int, first_rank: int, world: int, backend: Backend, timeout_s: float
     ) -> None:
         """Join the sender's group; the workers of one engine take consecutive ranks."""
+        if self.rlprm_group is not None:
+            self.rlprm_group.leave()
         self.rlprm_group = make_group(host, port, first_rank + self.rank, world, backend, timeout_s)
 
     def rlprm_load_buckets(self, manifest: str, packed: Sequence[Tensor | np.ndarray]) -> str:
@@ -40,6 +42,7 @@ class WeightReceiver:
 
     def rlprm_load_group(self, manifest: str, bucket_bytes: int, digest: bool) -> str:
         """Replace all weights by those that rank 0 of the group sends meanwhile."""
+        assert self.rlprm_group is not None, "rlprm_join_group() comes before"
         announced = Manifest.loads(manifest)
         return self.rlprm_replace(announced, receive(self.rlprm_group, announced, bucket_bytes), digest)
 
@@ -62,6 +65,10 @@ class WeightReceiver:
             raise StaleWeights(f"vLLM read {count} of {len(manifest.names)} weights; restart the engine")
         repack_tied(self.model_runner.get_model())
         return seen.hexdigest() if digest else ""
+
+    def rlprm_mend(self) -> bool:
+        """Put the tensors back that a reload which broke off has taken away; False: this vLLM cannot do it."""
+        return vllm_compat.end_reload(self.model_runner)
 
     def rlprm_set_temperature(self, temperature: float) -> None:
         """Divide the logits by ``temperature`` (float32, as the sampler does) until it is set to 1 again.

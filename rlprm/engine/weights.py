@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -24,12 +26,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlprm.engine.distributed import meet
-from rlprm.errors import StaleWeights
+from rlprm.errors import StaleWeights, WorkerLost
 
 ALIGNMENT = 16  # bytes; a tensor may be viewed as its dtype only at a multiple of the item size
 SHOWN = 4  # names an error message lists
 
 Backend = Literal["gloo", "nccl"]
+
+
+class GroupBroken(WorkerLost):
+    """Another member of the weights' group is gone or cut off; this one has left, and the group must be made anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,22 +231,39 @@ def unpack(manifest: Manifest, packed: Iterable[Tensor | np.ndarray]) -> Iterato
         raise StaleWeights(_torn("the last weight", "bytes are left over"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Group:
     """A process group beside the default one; rank 0 sends, the others receive."""
 
-    process_group: Any  # ProcessGroupGloo or ProcessGroupNCCL, which share no public base class
-    store: dist.Store  # kept: the group's rendezvous lives as long as the group
+    process_group: Any  # ProcessGroupGloo or ProcessGroupNCCL, which share no public base class; None once it was left
+    store: dist.Store | None  # kept: the group's rendezvous lives as long as the group
     backend: str
 
     def broadcast(self, data: Tensor) -> None:
-        """``data`` of rank 0 into ``data`` of all ranks; returns when done."""
+        """``data`` of rank 0 into ``data`` of all ranks; returns when done.
+
+        Raises:
+            GroupBroken: a member is gone, or did not take part in time. The group is left, so that nobody waits for
+                this process either.
+        """
+        if self.process_group is None:
+            raise GroupBroken("the weights' group was left; it must be made anew")
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self.process_group.broadcast([data], options).wait()
-        if self.backend == "nccl":
-            # NCCL's wait() orders the stream only; the buffer may be freed or hashed on the host next
-            torch.cuda.current_stream().synchronize()
+        try:
+            self.process_group.broadcast([data], options).wait()
+            if self.backend == "nccl":
+                # NCCL's wait() orders the stream only; the buffer may be freed or hashed on the host next
+                torch.cuda.current_stream().synchronize()
+        except RuntimeError as error:  # torch.distributed.DistError is one
+            self.leave()
+            raise GroupBroken(f"the weights' group broke: {' '.join(str(error).split())}") from None
+
+    def leave(self) -> None:
+        """Close this process's connections at once; whatever waits for it fails then. Calling it twice is fine."""
+        if self.process_group is not None:
+            self.process_group.abort()  # also what NCCL still has on its streams; a mere destructor would wait for it
+        self.process_group = self.store = None
 
     def device(self) -> torch.device:
         """Where the broadcast buffers of this process must lie."""
@@ -255,15 +278,39 @@ def make_group(host: str, port: int, rank: int, world: int, backend: Backend, ti
 
     Raises:
         ConfigError: rank 0 cannot listen there.
-        torch.distributed.DistError: not all came within ``timeout_s``.
+        GroupBroken: not all came within ``timeout_s``.
     """
     timeout = timedelta(seconds=timeout_s)
-    store = dist.PrefixStore("rlprm_weights", meet(host, port, rank, world, timeout_s))
-    if backend == "gloo":
-        return Group(dist.ProcessGroupGloo(store, rank, world, timeout), store, backend)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return Group(dist.ProcessGroupNCCL(store, rank, world, options), store, backend)
+    try:
+        store = dist.PrefixStore("rlprm_weights", meet(host, port, rank, world, timeout_s))
+        if backend == "gloo":
+            return Group(dist.ProcessGroupGloo(store, rank, world, timeout), store, backend)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        with _blocking_nccl():
+            return Group(dist.ProcessGroupNCCL(store, rank, world, options), store, backend)
+    except RuntimeError as error:
+        raise GroupBroken(
+            f"rank {rank} met fewer than {world} members of the weights' group at {host}:{port}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+
+
+@contextmanager
+def _blocking_nccl() -> Iterator[None]:
+    """A group that is made meanwhile raises when a member is missing too long; by itself NCCL's ends the process.
+
+    Read when the group is made, so the learner's own group goes on as it was.
+    """
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def send(group: Group, named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, digest: bool) -> str:

@@ -79,7 +79,7 @@ class Evaluator:
         ]
         words = "greedy" if temperature == 0 else f"{samples} samples at temperature {temperature:g}"
         with self._notify(f"evaluate {name}, {words}", len(requests)) as stage:
-            return self._judges.judge(_counted(self._rollouts.sample(requests), stage))
+            return self._judges.judge(self._rollouts.sample(requests), stage.advance)
 
 
 def greedy(groups: Sequence[Group], name: str) -> dict[str, float]:
@@ -122,9 +122,3 @@ def _mean(outcomes: Sequence[float | None]) -> float:
 
 def _absent(outcomes: Sequence[float | None]) -> float:
     return float(sum(outcome is None for outcome in outcomes))
-
-
-def _counted(finished: Any, stage: Any) -> Any:
-    for item in finished:
-        stage.advance()
-        yield item

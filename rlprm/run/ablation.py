@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from rlprm.cli.compose import Composed, flat_leaves
 from rlprm.config import Count, NonNegative, Section, TrainConfig
-from rlprm.errors import ConfigError, RlprmError
+from rlprm.errors import ConfigError, RlprmError, Stopped
 from rlprm.report.ablation import FAILED, FINISHED, write_json
 from rlprm.run.folder import HEADER, last_config
 from rlprm.run.redact import redact_text
@@ -156,7 +156,11 @@ def in_order(runs: Sequence[Planned], key: Callable[[TrainConfig], str]) -> list
 
 
 def run_one(run: Planned, train: Callable[[TrainConfig, Composed], Path], *, checkpoints: str) -> str | None:
-    """Run it to its end; None when it is finished, else what went wrong, which is written into its folder too."""
+    """Run it to its end; None when it is finished, else what went wrong, which is written into its folder too.
+
+    Raises:
+        Stopped: it was asked to end, so it is neither finished nor failed.
+    """
     begin = time.monotonic()
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +169,8 @@ def run_one(run: Planned, train: Callable[[TrainConfig, Composed], Path], *, che
         if checkpoints == "none":
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         write_json(run.folder / FINISHED, {"time": _now(), "seconds": round(time.monotonic() - begin, 1)})
+    except Stopped:
+        raise
     except CAN_END_A_RUN as error:
         return write_failure(run, error)
     return None

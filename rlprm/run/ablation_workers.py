@@ -18,6 +18,7 @@ from rlprm.errors import ConfigError, DataError
 from rlprm.run.ablation import Planned, run_one, write_failure
 from rlprm.run.kept import Kept, sampling_key
 from rlprm.run.progress import Progress, duration
+from rlprm.run.stopping import Stopping
 from rlprm.run.training import train
 from rlprm.verify.worker import die_with
 
@@ -35,7 +36,11 @@ def run_all(
 ) -> dict[str, str]:
     """Run everything in ``todo``; what failed, with its error. ``after`` is called after each run.
 
-    SIGTERM ends it as Ctrl-C does, with every worker; what is finished stays. No worker outlives this process.
+    SIGTERM lets the run of this process finish its step and save; workers and what stands between runs end at once, as
+    with Ctrl-C. What is finished stays. No worker outlives this process.
+
+    Raises:
+        Stopped: after SIGTERM.
     """
     talk = _Talk(total=len(todo), progress=progress, after=after)
     with sigterm_exits():
@@ -50,8 +55,7 @@ def run_all(
 def sigterm_exits() -> Iterator[None]:
     """SIGTERM raises SystemExit in the block, so that what has been started is stopped.
 
-    Ray puts a handler in this one's place that exits too; afterwards the one from before is back. Only the main thread
-    can have handlers; in another one nothing changes.
+    Afterwards the handler from before is back. Only the main thread can have handlers; in another one nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,10 +106,14 @@ class _Talk:
 
 
 def _in_turn(todo: Sequence[Planned], logs: Path, checkpoints: str, progress: Progress, talk: _Talk) -> None:
-    with Kept(logs, progress) as kept:
+    with Stopping(progress.say).on_sigterm() as stopping, Kept(logs, progress) as kept:
         for run in todo:
             talk.begins(run)
-            error = run_one(run, lambda config, made: train(config, made, progress, kept), checkpoints=checkpoints)
+            error = run_one(
+                run,
+                lambda config, made: train(config, made, progress, kept, stopping=stopping),
+                checkpoints=checkpoints,
+            )
             talk.ended(run, error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,22 @@ from typing import Any
 
 import ray
 
-from rlprm.actors.cluster import actor_environment, cluster
-from rlprm.actors.group import WorkerGroup, answer, resources
-from rlprm.actors.judge import JudgeActor, Judges
+from rlprm.actors.cluster import cluster
+from rlprm.actors.group import WorkerGroup, answer
+from rlprm.actors.judge import Judges
 from rlprm.actors.learners import NoReference, Policy, Reference, SourcePlace, Sources
-from rlprm.actors.rollout import RolloutActor, Rollouts
+from rlprm.actors.rollout import Rollouts
+from rlprm.actors.seating import Seating
 from rlprm.actors.services import EngineService, GraderService
 from rlprm.actors.transfer import GroupTransfer, ObjectStoreTransfer
-from rlprm.actors.worker import Worker
 from rlprm.batch import shards_needed
 from rlprm.config import Data, HeldOut, Placement, RolloutSection, SampledModel, TrainConfig, VerifierSection
 from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource, Source, held_out
-from rlprm.data.tokenizer import load_tokenizer, stop_token_ids
 from rlprm.parts import made
-from rlprm.run import factories
+from rlprm.run import factories, starting
 from rlprm.run.progress import Progress
+from rlprm.run.several_nodes import Shared, refuse_alone, require_alike, seated
 
 TRUST_DECAY = 0.9  # a PRM that worsens loses its trust within about ten steps
 
@@ -39,6 +39,7 @@ class Sampling:
     judges: Judges
     judge_actors: tuple[Any, ...]
     own_engines: Mapping[str, Any]  # of process sources whose model generates, by stream
+    restart: Callable[[int], Any]  # rollout engine `number` once more: its handle, or None while there is no room
 
     def services(self, name: str, engine: str, placement: Placement) -> dict[str, Any]:
         """What the source of stream ``name`` may ask while it scores."""
@@ -84,20 +85,45 @@ def evaluation_sets(data: HeldOut, tokenizer: Any, *, limit: int | None, seed: i
     }
 
 
+def gpus_needed(placement: Placement, own_engines: int, *, prm: bool, learners: bool = True) -> float:
+    """GPUs of all processes; ``prm``: are there PRM ranks?"""
+    ranks = placement.policy_ranks + (placement.prm_ranks if prm else 0) if learners else 0
+    engines = placement.engines + own_engines
+    return ranks * placement.gpus_per_rank + engines * placement.gpus_per_engine * placement.tensor_parallel
+
+
 @contextmanager
-def ray_cluster(placement: Placement, *, learners: bool, own_engines: int) -> Iterator[None]:
-    """Ray for the actors of this placement, with as many engines of process sources besides."""
+def ray_cluster(
+    placement: Placement,
+    *,
+    learners: bool,
+    own_engines: int,
+    prm: bool = True,
+    shared: Shared | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Seating | None]:
+    """Ray for the actors of this placement, with as many engines of process sources besides; ``prm``: with PRM ranks?
+
+    Where it joins a cluster it waits for the nodes and yields their seats; ``shared`` is what all of them must see.
+
+    Raises:
+        ConfigError: nodes are missing or differ, or the placement does not fit them.
+    """
+    refuse_alone(placement)
     ranks = placement.policy_ranks + placement.prm_ranks if learners else 0
     engines = placement.engines + own_engines
-    gpus = ranks * placement.gpus_per_rank + engines * placement.gpus_per_engine * placement.tensor_parallel
     with cluster(
         address=placement.ray_address,
         num_actors=ranks + engines + 1,
-        gpus=gpus,
+        # of a cluster that was joined each node is looked at
+        gpus=0.0 if placement.ray_address else gpus_needed(placement, own_engines, prm=prm, learners=learners),
         object_store_bytes=placement.object_store_bytes,
         working_dir=str(Path(__file__).resolve().parents[2]),
     ):
-        yield
+        with seated(placement, say) as seating:
+            if shared is not None:
+                require_alike(seating, placement, own_engines, shared, prm=prm)
+            yield seating
 
 
 def sampling(
@@ -117,17 +143,34 @@ def sampling(
     needs_steps: bool,
     logs: Path,
     own: Mapping[str, tuple[str, int]],
+    min_engines: int | None = None,
     standing: Sampling | None = None,
+    seating: Seating | None = None,
+    prm: bool = True,
 ) -> Sampling:
     """Start engines and judges; returns at once, `ready` waits for them.
 
-    ``own``: engines of process sources by stream, each a model folder and the most tokens it must hold. ``standing``:
-    what an earlier run with the same model, data, verifier, splitter, rule and placement has left; nothing is started.
+    ``own``: engines of process sources by stream, each a model folder and the most tokens it must hold.
+    ``min_engines``: fewest engines to go on with when some are lost; None: all. ``standing``: what an earlier run with
+    the same model, data, verifier, splitter, rule and placement has left; nothing is started.
+    ``prm``: will there be PRM ranks beside them?
     """
-    engines, judges, own_engines = (
-        (list(standing.rollouts.engines), list(standing.judge_actors), standing.own_engines)
+    engines, judges, own_engines, restart = (
+        (standing.rollouts.engines, list(standing.judge_actors), standing.own_engines, standing.restart)
         if standing is not None
-        else _sampling_actors(model, data, verifier, splitter, keep, rollout, placement, max_tokens, logs, own)
+        else starting.sampling_actors(
+            model,
+            verifier,
+            splitter,
+            keep,
+            rollout,
+            placement,
+            data.max_prompt_tokens + max_tokens,
+            logs,
+            own,
+            seating,
+            prm,
+        )
     )
     return Sampling(
         rollouts=Rollouts(
@@ -138,6 +181,10 @@ def sampling(
             samples=samples,
             greedy=greedy,
             timeout_s=placement.stage_timeout_s,
+            restart=restart,
+            min_engines=min_engines,
+            logs=str(logs),
+            start_timeout_s=placement.start_timeout_s,
         ),
         judges=Judges(
             judges,
@@ -148,78 +195,22 @@ def sampling(
         ),
         judge_actors=tuple(judges),
         own_engines=own_engines,
+        restart=restart,
     )
-
-
-def _sampling_actors(
-    model: SampledModel,
-    data: HeldOut,
-    verifier: VerifierSection,
-    splitter: Mapping[str, Any],
-    keep: Any,
-    rollout: RolloutSection,
-    placement: Placement,
-    max_tokens: int,
-    logs: Path,
-    own: Mapping[str, tuple[str, int]],
-) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """Rollout engines, judges, and engines of process sources by stream, all of them starting."""
-    from rlprm.engine.generator_vllm import cpu_environment
-
-    device = placement.device
-    environment = (
-        {**actor_environment(device=device, threads=placement.threads), **cpu_environment(placement.threads)}
-        if device == "cpu"
-        else actor_environment(device=device, threads=placement.threads)
-    )
-
-    def engine(path: str, tokens: int, log: str) -> Any:
-        factory = functools.partial(
-            made(rollout.engine),
-            path,
-            model.dtype,
-            device,
-            tokens,
-            placement.tensor_parallel,
-            stop_token_ids(path, load_tokenizer(path)),
-        )
-        gpus = placement.gpus_per_engine * placement.tensor_parallel
-        return (
-            ray.remote(RolloutActor)
-            .options(**resources(cpus=1.0, gpus=gpus, environment=environment))
-            .remote(factory, str(logs / log))
-        )
-
-    longest = data.max_prompt_tokens + max_tokens
-    engines = [engine(model.path, longest, f"rollout{number}.log") for number in range(placement.engines)]
-    own_engines = {name: engine(path, tokens, f"engine_{name}.log") for name, (path, tokens) in own.items()}
-    judge_factory = functools.partial(
-        factories.judge, model.path, verifier=_verifier(verifier), splitter=made(splitter), keep=keep
-    )
-    judges = [
-        ray.remote(JudgeActor)
-        .options(**resources(cpus=1.0, gpus=0.0, environment=actor_environment(device="cpu", threads=1)))
-        .remote(judge_factory, str(logs / "judge0.log"))
-    ]
-    return engines, judges, own_engines
-
-
-def _verifier(section: VerifierSection) -> dict[str, Any]:
-    return {
-        "verifier": made(section.function),
-        "workers": section.workers,
-        "timeout_s": section.timeout_s,
-        "memory_mb": section.memory_mb,
-    }
 
 
 def learning(
-    config: TrainConfig, started: Sampling | None, *, logs: Path, standing: Mapping[str, WorkerGroup] | None = None
+    config: TrainConfig,
+    started: Sampling | None,
+    *,
+    logs: Path,
+    standing: Mapping[str, WorkerGroup] | None = None,
+    seating: Seating | None = None,
 ) -> Learning:
     """Start the ranks of policy, reference and sources, and build their models.
 
     ``started`` None: nothing is sampled, so only what keeps a state is built. ``standing``: groups by name that an
-    earlier run of the same placement has left, cleared; what is missing is started.
+    earlier run of the same placement has left, cleared; what is missing is started, on the nodes alive now.
     """
     placement = config.placement
     sources = {
@@ -238,8 +229,14 @@ def learning(
         sizes["prm"] = placement.prm_ranks
     # all processes start at once: starting and importing is most of the wait
     before = {} if standing is None else standing
-    workers = {name: _workers(name, size, placement, logs) for name, size in sizes.items() if name not in before}
-    found = {**before, **{name: _joined(name, members, placement, logs) for name, members in workers.items()}}
+    missing = {name: size for name, size in sizes.items() if name not in before}
+    seats = None if seating is None or not missing else seating.learners(placement, prm="prm" in sizes)
+    seated_at = {} if seats is None else {"policy": seats.policy, "prm": seats.prm}
+    workers = {
+        name: starting.ranks(name, size, placement, logs, seating, seated_at[name] if seated_at else None)
+        for name, size in missing.items()
+    }
+    found = {**before, **{name: starting.joined(name, each, placement, logs) for name, each in workers.items()}}
     groups = [found[name] for name in sizes]
     policy_group, prm_group = groups[0], groups[-1]
     building = policy_group.all(lambda worker: worker.build_policy, functools.partial(factories.policy, config))
@@ -268,32 +265,13 @@ def learning(
     )
 
 
-def started_group(name: str, size: int, placement: Placement, logs: Path) -> WorkerGroup:
-    """Ranks of one learner, started and joined."""
-    return _joined(name, _workers(name, size, placement, logs.resolve()), placement, logs)
-
-
-def _workers(name: str, size: int, placement: Placement, logs: Path) -> list[Any]:
-    """Ranks that are starting."""
-    environment = actor_environment(device=placement.device, threads=placement.threads)
-    return [
-        ray.remote(Worker)
-        .options(**resources(cpus=1.0, gpus=placement.gpus_per_rank, environment=environment))
-        .remote(str(logs / f"{name}{rank}.log"))
-        for rank in range(size)
-    ]
-
-
-def _joined(name: str, workers: list[Any], placement: Placement, logs: Path) -> WorkerGroup:
-    """Ranks that have found each other."""
-    timeout = placement.start_timeout_s
-    host, port = answer(workers[0].rendezvous.remote(), what=f"{name} rank 0", timeout_s=timeout, logs=str(logs))
-    joining = [
-        worker.join.remote(rank, len(workers), host, port, placement.device, placement.collective_timeout_s)
-        for rank, worker in enumerate(workers)
-    ]
-    answer(joining, what=f"the process group of {name}", timeout_s=timeout, logs=str(logs))
-    return WorkerGroup(name, workers, timeout_s=placement.stage_timeout_s, logs=f"{logs}/{name}*.log")
+def started_group(
+    name: str, size: int, placement: Placement, logs: Path, seating: Seating | None = None
+) -> WorkerGroup:
+    """Ranks of one learner alone, seated as those of the policy are; started and joined."""
+    logs = logs.resolve()
+    places = None if seating is None else seating.learners(placement).policy
+    return starting.joined(name, starting.ranks(name, size, placement, logs, seating, places), placement, logs)
 
 
 def _transfer(placement: Placement) -> ObjectStoreTransfer | GroupTransfer:
@@ -303,6 +281,7 @@ def _transfer(placement: Placement) -> ObjectStoreTransfer | GroupTransfer:
         backend=placement.weight_transport,
         bucket_bytes=placement.weight_bucket_bytes,
         timeout_s=placement.stage_timeout_s,
+        group_timeout_s=placement.collective_timeout_s,
     )
 
 
@@ -316,6 +295,8 @@ def ready(started: Sampling, placement: Placement, progress: Progress, logs: Pat
 def stop(started: Sampling | None, groups: tuple[WorkerGroup, ...]) -> None:
     """Close engines, verifier processes and learners; a part that is gone already does not stop the others."""
     actors = [] if started is None else started.actors()
+    if started is not None:
+        started.rollouts.engines.drop_helpers()
     closing = [actor.close.remote() for actor in actors]
     for group in groups:
         closing += group.all(lambda worker: worker.close)

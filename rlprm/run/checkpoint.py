@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{6,})")
+VISIBLE_S = 120.0  # twice what NFS may keep an old listing of a folder
+POLL_S = 0.5
 
 
 class Checkpointer:
@@ -68,20 +71,24 @@ class Checkpointer:
             ) from error
         return partial
 
-    def commit(self, step: int, state: Mapping[str, Any]) -> Path:
+    def commit(self, step: int, state: Mapping[str, Any], files: Mapping[str, int] | None = None) -> Path:
         """Make what was written since ``begin(step)`` the newest checkpoint, with ``state`` (strict JSON) beside it.
+
+        ``files``: what the ranks say they have written, with sizes. Another node's files may take a while to be seen here.
 
         Older checkpoints are removed only after this one is on disk. When it fails, those stay, and the run must end:
         going on would mean to lose everything since then.
 
         Raises:
-            CheckpointError: the disk is full or read-only, or ``begin`` was not called.
+            CheckpointError: the disk is full or read-only, a rank's files do not reach this node, or ``begin`` was not
+                called.
             ValueError, TypeError: ``state`` is not JSON.
         """
         partial, final = self._partial(step), self._final(step)
         if not partial.is_dir():
             raise CheckpointError(f"{partial} is missing; call begin({step}) and write the files before commit({step})")
         text = json.dumps(dict(state), allow_nan=False, sort_keys=True, indent=1)
+        _await(partial, files or {})
         try:
             (partial / STATE).write_text(text, encoding="utf-8")
             _write_manifest(partial, step)
@@ -127,8 +134,7 @@ class Checkpointer:
         return None
 
     def _complete(self) -> list[tuple[int, Path]]:
-        found = [(match, path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return sorted((int(match.group(1)), path) for match, path in found)
+        return complete(self.folder)
 
     def _prune(self, newest: int) -> None:
         older = [path for step, path in self._complete() if step < newest]
@@ -148,6 +154,36 @@ class Checkpointer:
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.tmp"
+
+
+def complete(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints in ``folder``, oldest first; they are not verified."""
+    found = [(match, path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match.group(1)), path) for match, path in found)
+
+
+def _await(folder: Path, files: Mapping[str, int]) -> None:
+    """Return when every file is seen here at its full size."""
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        os.listdir(folder)  # asks a file server again
+        missing = [name for name, size in files.items() if _size(Path(name)) != size]
+        if not missing:
+            return
+        if time.monotonic() >= deadline:
+            raise CheckpointError(
+                f"{missing[0]} ({len(missing)} of {len(files)} files) was written by a rank and is not seen here after "
+                f"{VISIBLE_S:.0f} s (size {_size(Path(missing[0]))}, expected {files[missing[0]]}); the run folder must be on "
+                "storage that all nodes share"
+            )
+        time.sleep(POLL_S)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def load_state(path: Path) -> dict[str, Any]:

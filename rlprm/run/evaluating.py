@@ -16,6 +16,7 @@ from rlprm.evaluation.evaluator import Evaluator, greedy, left_out, sampled
 from rlprm.run import build
 from rlprm.run.progress import Progress
 from rlprm.run.scratch import scratch_logs
+from rlprm.run.several_nodes import Shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,10 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
     with ExitStack() as stack:
         logs = stack.enter_context(scratch_logs("evaluate"))
         with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=False, own_engines=0))
+            shared = Shared(folder=None, models={"engines": {"model.path": config.model.path}})
+            seating = stack.enter_context(
+                build.ray_cluster(config.placement, learners=False, own_engines=0, shared=shared, say=progress.say)
+            )
         started = build.sampling(
             model=config.model,
             data=config.data,
@@ -62,6 +66,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[Measured]:
             needs_steps=False,
             logs=logs,
             own={},
+            seating=seating,
         )
         stack.callback(lambda: build.stop(started, ()))
         build.ready(started, config.placement, progress, logs)

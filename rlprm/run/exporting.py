@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -20,11 +20,14 @@ import ray
 from rlprm.checks_models import check_model_folders
 from rlprm.config import TrainConfig, validated
 from rlprm.errors import CheckpointError, ConfigError
-from rlprm.run import build
+from rlprm.run import build, factories
 from rlprm.run.checkpoint import damage
 from rlprm.run.folder import CONFIG, HEADER, last_config
 from rlprm.run.progress import Progress
 from rlprm.run.scratch import scratch_logs
+from rlprm.run.several_nodes import of_training
+from rlprm.run.tracker import send_models
+from rlprm.run.tracking import wandb_id
 
 NOTE = "export.json"
 _STEP = re.compile(r"step_(\d{6,})")
@@ -47,7 +50,7 @@ def export(run: Path, output: Path, progress: Progress) -> Exported:
         ConfigError: ``run`` is no run folder, or ``output`` is not empty.
         CheckpointError: the run has no intact checkpoint.
     """
-    config = run_config(run)
+    config = here(run_config(run))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {output} is not an empty folder; choose another one or remove it")
     check_model_folders(config)
@@ -59,9 +62,19 @@ def export(run: Path, output: Path, progress: Progress) -> Exported:
     with ExitStack() as stack:
         logs = stack.enter_context(scratch_logs("export"))
         with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=True, own_engines=0))
+            shared = replace(of_training(config), folder=partial)  # ranks on every node write their part
+            seating = stack.enter_context(
+                build.ray_cluster(
+                    config.placement,
+                    learners=True,
+                    own_engines=0,
+                    prm=factories.on_prm_ranks(config),
+                    shared=shared,
+                    say=progress.say,
+                )
+            )
         with progress.stage("start learners"):
-            learning = build.learning(config, None, logs=logs)
+            learning = build.learning(config, None, logs=logs, seating=seating)
         stack.callback(lambda: [ray.kill(worker) for group in learning.groups for worker in group.workers])
         with progress.stage(f"export step {step}"):
             for group in learning.groups:
@@ -74,6 +87,12 @@ def export(run: Path, output: Path, progress: Progress) -> Exported:
         output.rmdir()  # it is empty
     partial.rename(output)
     return Exported(step=step, folders=tuple(output / name for name in names))
+
+
+def here(config: TrainConfig) -> TrainConfig:
+    """The run's configuration on this machine: the cluster that it ran on may be gone."""
+    alone = {"ray_address": None, "nodes": 1, "policy_nodes": None, "prm_nodes": None, "engine_nodes": None}
+    return config.model_copy(update={"placement": config.placement.model_copy(update=alone)})
 
 
 def run_config(run: Path) -> TrainConfig:
@@ -117,4 +136,17 @@ def newest_checkpoint(run: Path, progress: Progress) -> tuple[int, Path]:
         raise CheckpointError(f"no checkpoint under {folder} is intact: {'; '.join(damaged)}; restore one from a copy")
     raise CheckpointError(
         f"{run} has no checkpoint yet; let it run to one (checkpoint.every), the last step always writes one"
+    )
+
+
+def send(run: Path, exported: Exported) -> str:
+    """Keep what was exported as an artifact of the run's own entry on Weights & Biases; "online" or "offline"."""
+    config = run_config(run)
+    return send_models(
+        run,
+        project=config.tracker.project,
+        run_id=wandb_id(run),
+        name=config.name,
+        models=exported.folders,
+        step=exported.step,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlprm.actors.judge import Judge
 from rlprm.config import Critic as CriticSection
-from rlprm.config import LearnerSection, OptimizerSection, ProcessSource, SftConfig, TrainConfig
+from rlprm.config import LearnerSection, Model, OptimizerSection, ProcessSource, SftConfig, TrainConfig
 from rlprm.config_dpo import DpoConfig
 from rlprm.config_prm import PrmConfig
 from rlprm.core.credit import CriticPlan, StreamPlan
@@ -100,6 +100,14 @@ def needs_reference(config: TrainConfig) -> bool:
     return asked or "kl" in config.streams or config.policy_loss.kl_weight > 0
 
 
+def on_prm_ranks(config: TrainConfig) -> bool:
+    """Does anything of this run sit on PRM ranks: the reference, or a model that scores? Otherwise none is started."""
+    models = [section for section in sources(config).values() if section.model is not None]
+    return needs_reference(config) or any(
+        not own_engine(section) and not kind(section).reads_policy for section in models
+    )
+
+
 def needs_steps(config: TrainConfig) -> bool:
     """Does a stream pay, compare or accumulate by reasoning step? Then a splitter that finds none is a mistake."""
     if any(kind(section).pays_steps for section in sources(config).values()):
@@ -138,15 +146,9 @@ def policy(config: TrainConfig) -> Any:
     """The policy (and critic) of one rank."""
     from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
-    from rlprm.engine.model import load_causal
     from rlprm.engine.policy import Objective, Policy
 
-    model = load_causal(
-        config.model.path,
-        config.model.dtype,
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
+    model = trained(config.model, config.model.path)
     loss, mismatch, region = config.policy_loss, config.mismatch, config.policy_loss.trust_region
     return Policy(
         Learner(model, learner_settings(config, config.policy, updates(config, config.policy))),
@@ -171,6 +173,32 @@ def policy(config: TrainConfig) -> Any:
         reduce=GroupReduce(),
         tokenizer=load_tokenizer(config.model.path),
         readable_groups=config.tracker.rollout_groups,
+    )
+
+
+def trained(section: Model, path: str) -> Any:
+    """A causal model that learns, as the run's model section says, from the folder ``path``."""
+    from rlprm.engine.model import load_causal
+
+    return load_causal(
+        path, section.dtype, attention=section.attention, gradient_checkpointing=section.gradient_checkpointing
+    )
+
+
+def turns(config: SftConfig | DpoConfig | PrmConfig, rank: int) -> Any:
+    """How a rank goes over a fixed set of examples."""
+    from rlprm.engine.distributed import GroupReduce
+    from rlprm.engine.offline import Turns
+
+    return Turns(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        token_budget=config.learner.token_budget,
+        layout=config.learner.layout,
+        rank=rank,
+        world_size=config.placement.policy_ranks,
+        reduce=GroupReduce(),
+        tokenizer_path=config.model.path,
     )
 
 
@@ -213,18 +241,12 @@ def source(config: TrainConfig, name: str, services: Mapping[str, Any], policy: 
     """One process source on one rank. ``policy`` is the policy of the same rank, None where it is elsewhere."""
     from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
-    from rlprm.engine.model import load_causal
 
     section = config.streams[name].source
     assert section is not None
     learner = None
     if section.model is not None and section.learner is not None:
-        model = load_causal(
-            section.model,
-            config.model.dtype,
-            attention=config.model.attention,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
+        model = trained(config.model, section.model)
         learner = Learner(model, learner_settings(config, section.learner, updates(config, section.learner)))
     own = load_tokenizer(config.model.path)
     context = SourceContext(
@@ -251,59 +273,31 @@ def source(config: TrainConfig, name: str, services: Mapping[str, Any], policy: 
 
 def supervised(config: SftConfig, rank: int) -> Any:
     """Supervised fine-tuning on one rank."""
-    from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
-    from rlprm.engine.model import load_causal
     from rlprm.engine.sft import Supervised
 
     tokenizer = load_tokenizer(config.model.path)
-    model = load_causal(
-        config.model.path,
-        config.model.dtype,
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
+    model = trained(config.model, config.model.path)
     settings = learner_settings(config, config.learner, total_steps=config.steps)
     return Supervised(
         Learner(model, settings),
         tokenized(made(config.examples), made(config.template)(tokenizer), tokenizer),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        token_budget=config.learner.token_budget,
-        layout=config.learner.layout,
-        rank=rank,
-        world_size=config.placement.policy_ranks,
-        reduce=GroupReduce(),
-        tokenizer_path=config.model.path,
+        turns(config, rank),
     )
 
 
 def preference(config: DpoConfig, shard: JaggedShard, pairs: Sequence[Pair], rank: int) -> Any:
     """Preference optimisation on one rank."""
-    from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
-    from rlprm.engine.model import load_causal
     from rlprm.engine.preference import Preference
 
-    model = load_causal(
-        config.model.path,
-        config.model.dtype,
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
+    model = trained(config.model, config.model.path)
     return Preference(
         Learner(model, learner_settings(config, config.learner, total_steps=config.steps)),
         shard,
         pairs,
+        turns(config, rank),
         beta=config.beta,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        token_budget=config.learner.token_budget,
-        layout=config.learner.layout,
-        rank=rank,
-        world_size=config.placement.policy_ranks,
-        reduce=GroupReduce(),
-        tokenizer_path=config.model.path,
     )
 
 

@@ -22,6 +22,7 @@ from rlprm.parts import made
 from rlprm.run import build, factories
 from rlprm.run.folder import HEADER, last_config
 from rlprm.run.progress import Progress
+from rlprm.run.several_nodes import Shared
 
 STRIDE = 20  # optimizer steps between two looks at the progress
 
@@ -81,9 +82,12 @@ def learnt(
     metrics: dict[str, float] = {}
     with ExitStack() as stack:
         with progress.stage("start Ray"):
-            stack.enter_context(build.ray_cluster(config.placement, learners=True, own_engines=0))
+            shared = Shared(folder=output.parent, models={"policy": {"model.path": config.model.path}})
+            seating = stack.enter_context(
+                build.ray_cluster(config.placement, learners=True, own_engines=0, shared=shared, say=progress.say)
+            )
         with progress.stage("start learners"):
-            group = build.started_group(name, config.placement.policy_ranks, config.placement, logs)
+            group = build.started_group(name, config.placement.policy_ranks, config.placement, logs, seating)
             stack.callback(lambda: [ray.kill(worker) for worker in group.workers])
             building = [
                 worker.build_supervised.remote(partial(factory, rank)) for rank, worker in enumerate(group.workers)

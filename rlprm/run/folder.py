@@ -58,8 +58,17 @@ class RunFolder:
         self.close()
 
 
-def write_run_header(folder: Path, resolved_config_yaml: str, versions: Mapping[str, str], commit: str | None) -> None:
+def write_run_header(
+    folder: Path,
+    resolved_config_yaml: str,
+    versions: Mapping[str, str],
+    commit: str | None,
+    *,
+    lost: str | None = None,
+) -> None:
     """Write what the run is, before step 1: ``config.yaml`` (without secrets) and ``run.json`` (one entry per start).
+
+    ``lost``: what was lost, where the run has started again by itself.
 
     A resumed run keeps the first configuration; if it is started with another one, that is written beside it as
     ``config.start2.yaml`` and so on. ``commit`` is None where there is no git repository.
@@ -78,8 +87,15 @@ def write_run_header(folder: Path, resolved_config_yaml: str, versions: Mapping[
         "commit": commit,
         "config": name,
         "versions": dict(versions),
+        **({} if lost is None else {"restarted_after": lost}),
     }
     _write(header, json.dumps({"starts": [*starts, start]}, indent=2, allow_nan=False) + "\n")
+
+
+def restarts(folder: Path) -> int:
+    """How often the run has started again by itself, over all commands that have continued it."""
+    starts = json.loads((folder / HEADER).read_text(encoding="utf-8"))["starts"]
+    return sum("restarted_after" in start for start in starts)
 
 
 def last_config(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlprm.actors.group import WorkerGroup, answer
+from rlprm.actors.seating import Seating
 from rlprm.config import TrainConfig
 from rlprm.parts import made
 from rlprm.run import build, factories
 from rlprm.run.progress import Progress
+from rlprm.run.several_nodes import of_training
 
 
 class Kept:
@@ -27,6 +29,7 @@ class Kept:
         self._logs = logs.resolve()
         self._progress = progress
         self._ray: tuple[dict[str, Any], ExitStack] | None = None
+        self.seating: Seating | None = None  # of a cluster that was joined
         self._sampling: tuple[str, build.Sampling] | None = None
         self._learners: tuple[str, dict[str, WorkerGroup]] | None = None
 
@@ -51,7 +54,7 @@ class Kept:
         self._stop_learners()
         self._stop_sampling()
         if self._ray is not None:
-            (_, stack), self._ray = self._ray, None
+            (_, stack), self._ray, self.seating = self._ray, None, None
             stack.close()
 
     def _stop_what_does_not_fit(self, config: TrainConfig) -> None:
@@ -67,8 +70,16 @@ class Kept:
             stack = ExitStack()
             self._ray = ray_needs(config), stack
             with self._progress.stage("start Ray"):
-                own = len(factories.own_engines(config))
-                stack.enter_context(build.ray_cluster(config.placement, learners=True, own_engines=own))
+                self.seating = stack.enter_context(
+                    build.ray_cluster(
+                        config.placement,
+                        learners=True,
+                        own_engines=len(factories.own_engines(config)),
+                        prm=factories.on_prm_ranks(config),
+                        shared=of_training(config),
+                        say=self._progress.say,
+                    )
+                )
         before = self._sampling
         started = build.sampling(
             model=config.model,
@@ -86,14 +97,18 @@ class Kept:
             needs_steps=factories.needs_steps(config),
             logs=self._logs,
             own=factories.own_engines(config),
+            min_engines=config.recovery.min_engines,
             standing=None if before is None else before[1],
+            seating=self.seating,
+            prm=factories.on_prm_ranks(config),
         )
         self._sampling = sampling_key(config), started
+        started.rollouts.engines.say = self._progress.say
         groups = {} if self._learners is None else self._learners[1]
         self._learners = learner_key(config), groups
         with self._progress.stage("start learners"):
             self._clear(config, groups)
-            learning = build.learning(config, started, logs=self._logs, standing=groups)
+            learning = build.learning(config, started, logs=self._logs, standing=groups, seating=self.seating)
         groups.update({group.name: group for group in learning.groups})
         if before is None:
             build.ready(started, config.placement, self._progress, self._logs)
@@ -121,22 +136,21 @@ class Kept:
 
 
 def ray_needs(config: TrainConfig) -> dict[str, Any]:
-    """What Ray is started for; a Ray of the same address and store serves a run that needs no more processes."""
-    placement = config.placement
+    """What Ray is started for; a Ray of the same address and store serves a run that needs no more processes and GPUs."""
+    placement, own = config.placement, len(factories.own_engines(config))
     return {
         "address": placement.ray_address,
+        "nodes": placement.nodes,
         "store": placement.object_store_bytes,
         "device": placement.device,
-        "processes": placement.policy_ranks
-        + placement.prm_ranks
-        + placement.engines
-        + len(factories.own_engines(config)),
+        "processes": placement.policy_ranks + placement.prm_ranks + placement.engines + own,
+        "gpus": build.gpus_needed(placement, own, prm=factories.on_prm_ranks(config)),
     }
 
 
 def _fits(needed: dict[str, Any], there: dict[str, Any]) -> bool:
-    same = all(needed[key] == there[key] for key in ("address", "store", "device"))
-    return same and (needed["address"] is not None or needed["processes"] <= there["processes"])
+    same = all(needed[key] == there[key] for key in ("address", "nodes", "store", "device"))
+    return same and (needed["address"] is not None or all(needed[key] <= there[key] for key in ("processes", "gpus")))
 
 
 def sampling_key(config: TrainConfig) -> str:

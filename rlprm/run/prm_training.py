@@ -62,7 +62,6 @@ def wrong_share(examples: Sequence[StepExample]) -> float:
 
 def learner(config: PrmConfig, given: Sequence[StepExample], held_out: Sequence[StepExample], rank: int) -> Any:
     """The PRM's learner on one rank; its head starts at 0 unless the initial model has one."""
-    from rlprm.engine.distributed import GroupReduce
     from rlprm.engine.learner import Learner
     from rlprm.engine.model import load_value
     from rlprm.engine.step_labels import StepLabels
@@ -77,12 +76,5 @@ def learner(config: PrmConfig, given: Sequence[StepExample], held_out: Sequence[
         Learner(model, factories.learner_settings(config, config.learner, total_steps=config.steps)),
         given,
         held_out,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        token_budget=config.learner.token_budget,
-        layout=config.learner.layout,
-        rank=rank,
-        world_size=config.placement.policy_ranks,
-        reduce=GroupReduce(),
-        tokenizer_path=config.model.path,
+        factories.turns(config, rank),
     )

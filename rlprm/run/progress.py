@@ -117,7 +117,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line that stays, above the bars; not shown when quiet."""
         if not self._quiet:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)  # an error may hold [/brackets]
 
     @contextmanager
     def _bar(self, stage: Stage) -> Iterator[None]:

@@ -28,6 +28,7 @@ class Recorder:
         rollouts_total: float,
         tokens_total: float,
         version: float,
+        restarts: float,
         progress: Callable[[str], None],
     ) -> None:
         self._trackers = trackers
@@ -39,6 +40,7 @@ class Recorder:
         self.rollouts_total = rollouts_total
         self.tokens_total = tokens_total
         self.version = version  # of the policy that sampled the next batch
+        self._restarts = restarts
         self._progress = progress
         self._held: tuple[int, dict[str, float]] | None = None
 
@@ -54,13 +56,14 @@ class Recorder:
             **texts(kept.rows),
             **staleness(kept.rows, self.version),
             **kept.counts,
-            "keep/aborted": float(self._rollouts.take_aborted()),
+            **self._rollouts.take_metrics(),
             **selected(kept),
             **scored.metrics,
             **credited,
             **{name: value for one in learned for name, value in one.items()},
             **self._transfer.metrics,
             **self._prompts.metrics(),
+            "run/restarts": self._restarts,
             "training/global_step": float(step),
             "training/rollouts_total": self.rollouts_total,
             "training/tokens_total": self.tokens_total,
@@ -194,4 +197,9 @@ def _line(metrics: Mapping[str, float]) -> str:
     words = [f"sampled accuracy {metrics['keep/outcome_mean_fresh']:.2f}"]
     if "prm/auc_fresh" in metrics:
         words.append(f"PRM AUC {metrics['prm/auc_fresh']:.2f} (surprisal {metrics['prm/auc_surprisal']:.2f})")
+    if metrics["rollout/engines_lost"] or metrics["rollout/engines_joined"]:
+        words.append(
+            f"{metrics['rollout/engines']:.0f} rollout engines ({metrics['rollout/engines_lost']:.0f} lost, "
+            f"{metrics['rollout/engines_joined']:.0f} joined)"
+        )
     return ", ".join(words)

@@ -9,8 +9,10 @@ from typing import Any
 from rlprm.actors.group import WorkerGroup
 from rlprm.core.gates import TrustState
 from rlprm.data.prompt_source import PromptSource
+from rlprm.errors import Stopped
 from rlprm.run.alarms import Alarms
 from rlprm.run.checkpoint import Checkpointer
+from rlprm.run.stopping import Stopping
 
 
 class Checkpoints:
@@ -25,6 +27,7 @@ class Checkpoints:
         sources: Any,
         recorder: Any,
         alarms: Alarms,
+        stopping: Stopping,
         every: int,
         last_step: int,
     ) -> None:
@@ -34,6 +37,7 @@ class Checkpoints:
         self._sources = sources
         self._recorder = recorder
         self._alarms = alarms
+        self._stopping = stopping
         self._every = every
         self._last_step = last_step
 
@@ -42,10 +46,18 @@ class Checkpoints:
 
         Raises:
             AlarmRaised: an alarm ends the run with this step; what it has is written first, due or not.
+            Stopped: the run was asked to end; the same.
         """
-        if self._due(step) or self._alarms.stopping:
+        due = self._due(step) or self._alarms.stopping
+        if due:
             self._write(step)
         self._alarms.stop()
+        asked = self._stopping.asked  # read once: what comes later ends the next step
+        if asked and not due:
+            self._write(step)
+        if asked and step < self._last_step:  # a run that has no more steps ends by itself
+            raise Stopped(f"stopped after step {step}, which is saved")
+        self._stopping.over(step)
 
     def _due(self, step: int) -> bool:
         return step == self._last_step or (self._every > 0 and step % self._every == 0)
@@ -53,9 +65,11 @@ class Checkpoints:
     def _write(self, step: int) -> None:
         self._recorder.flush()
         folder = self._checkpointer.begin(step)
+        files: dict[str, int] = {}
         for group in self._groups:
-            group.get(group.all(lambda worker: worker.save, str(folder)), "save")
-        self._checkpointer.commit(step, self.state(step))
+            for each in group.get(group.all(lambda worker: worker.save, str(folder)), "save"):
+                files |= each
+        self._checkpointer.commit(step, self.state(step), files)
 
     def state(self, step: int) -> dict[str, Any]:
         return {

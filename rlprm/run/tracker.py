@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
+import yaml
+
 from rlprm.core.metrics import check_name
 from rlprm.errors import ConfigError
 from rlprm.run.redact import redact
@@ -146,14 +148,14 @@ class RolloutLog:
 
 
 class TensorBoard:
-    """Event files under ``<folder>/tensorboard``; a value that was not finite leaves a gap."""
+    """Event files in ``folder``; a value that was not finite leaves a gap."""
 
     def __init__(self, folder: Path, resume_from: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what the interrupted run wrote about steps that are run again.
         purge = None if resume_from is None else resume_from + 1
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One scalar per metric."""
@@ -185,6 +187,7 @@ class WandB:
         tags: Sequence[str],
         run_id: str,
         config: Mapping[str, Any],
+        artifact: str | None,
     ) -> None:
         import wandb
 
@@ -199,17 +202,13 @@ class WandB:
             resume="allow",
             mode=_wandb_mode(),
             config=redact(config),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                # The metadata hold the command line, where a key may have been typed.
-                x_disable_meta=True,
-                x_disable_machine_info=True,
-                disable_git=True,
-                disable_code=True,
-                save_code=False,
-            ),
+            settings=_discreet(),
         )
+        if artifact is not None:
+            kept = wandb.Artifact(f"{artifact}-config", type="config")
+            with kept.new_file("config.yaml", mode="w") as file:
+                yaml.safe_dump(redact(config), file, sort_keys=False)
+            self._run.log_artifact(kept)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One step; W&B itself drops steps that it has seen before a resume."""
@@ -218,6 +217,37 @@ class WandB:
     def close(self) -> None:
         """Wait until everything is written (and sent, when online)."""
         self._run.finish()
+
+
+def send_models(folder: Path, *, project: str, run_id: str, name: str, models: Sequence[Path], step: int) -> str:
+    """Keep exported model folders as one artifact of the run on Weights & Biases; where it went (online or offline)."""
+    import wandb
+
+    mode = _wandb_mode()
+    run = wandb.init(
+        dir=str(folder), project=project, id=run_id, resume="allow", mode=mode, job_type="export", settings=_discreet()
+    )
+    artifact = wandb.Artifact(f"{name}-models", type="model", metadata={"step": step})
+    for model in models:
+        artifact.add_dir(str(model), name=model.name)
+    run.log_artifact(artifact)
+    run.finish()
+    return mode
+
+
+def _discreet() -> Any:
+    """Settings that send neither the command line (where a key may have been typed) nor code, console or machine."""
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+    )
 
 
 def _wandb_mode() -> str:

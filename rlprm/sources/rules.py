@@ -37,9 +37,18 @@ class Rule(ProcessSource):
     reads_text = True
 
     def __init__(
-        self, context: SourceContext, rule: Callable[..., Any], *, workers: int, timeout_s: float, memory_mb: int
+        self,
+        context: SourceContext,
+        *,
+        rule: Callable[..., Any],
+        right: float,
+        wrong: float,
+        workers: int,
+        timeout_s: float,
+        memory_mb: int,
     ) -> None:
         self.name = context.name
+        self._right, self._wrong = right, wrong
         self._pool = VerifierPool(rule, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
         check_canaries(self._pool)
 
@@ -87,20 +96,6 @@ class ResponseRule(Rule):
     With ``rlprm.verify.single_answer.verify`` this is SPARK's condition of exactly one answer and nothing after it.
     """
 
-    def __init__(
-        self,
-        context: SourceContext,
-        *,
-        rule: Callable[..., Any],
-        right: float,
-        wrong: float,
-        workers: int,
-        timeout_s: float,
-        memory_mb: int,
-    ) -> None:
-        super().__init__(context, rule, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
-        self._right, self._wrong = right, wrong
-
     @classmethod
     def granularity(cls, **settings: Any) -> Granularity:
         return "whole"
@@ -126,20 +121,6 @@ class StepRule(Rule):
     """
 
     pays_steps = True
-
-    def __init__(
-        self,
-        context: SourceContext,
-        *,
-        rule: Callable[..., Any],
-        right: float,
-        wrong: float,
-        workers: int,
-        timeout_s: float,
-        memory_mb: int,
-    ) -> None:
-        super().__init__(context, rule, workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
-        self._right, self._wrong = right, wrong
 
     @classmethod
     def granularity(cls, **settings: Any) -> Granularity:

@@ -239,7 +239,8 @@ def unlisted_metrics(root: Path, check_name: Callable[[str], object]) -> list[st
 
 
 def unread_keys(root: Path) -> list[str]:
-    """Every key in conf/ is read: as an attribute somewhere in rlprm, or as an argument of what ``_target_`` names."""
+    """Every key in conf/ and in the options of cluster/ is read: as an attribute somewhere in rlprm, or as an argument of
+    what ``_target_`` names."""
     known: set[str] = set()
     for path, tree in modules(root / "rlprm"):
         schema = relative(root, path).startswith("rlprm/config")
@@ -250,7 +251,7 @@ def unread_keys(root: Path) -> list[str]:
                 known.add(node.arg)
     return [
         f"{relative(root, path)}:{line}: nobody reads {key!r}; remove the key or use it"
-        for path, line, key in yaml_keys(root / "conf")
+        for path, line, key in [*yaml_keys(root / "conf"), *yaml_keys(root / "cluster", "*.yaml")]
         if key not in known
     ]
 

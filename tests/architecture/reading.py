@@ -153,9 +153,9 @@ def accepts(check_name: Callable[[str], object], name: str) -> bool:
 NAMED = ("streams", "train", "evaluation", "rules")
 
 
-def yaml_keys(folder: Path) -> Iterator[tuple[Path, int, str]]:
+def yaml_keys(folder: Path, pattern: str = "**/*.yaml") -> Iterator[tuple[Path, int, str]]:
     """Keys as written, by line, without Hydra's own (``defaults``, ``_target_``) and names that users choose."""
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(folder.glob(pattern)):
         inside: list[tuple[int, str]] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             match = re.match(r"( *)(?:- )?([A-Za-z_][\w-]*):(?: |$)", line)

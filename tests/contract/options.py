@@ -12,7 +12,9 @@ import yaml
 from rlprm.cli import dpo, evaluate, prm, sft
 from rlprm.cli.compose import composed, groups
 from rlprm.config import EvaluateConfig, JudgeConfig, SftConfig, TrainConfig
+from rlprm.config_cluster import LaunchConfig
 from rlprm.config_dpo import DpoConfig
+from rlprm.config_prepare import PrepareConfig
 from rlprm.config_prm import PrmConfig
 from rlprm.paths import conf_dir, recipes_dir
 from rlprm.run.ablation import AblationConfig
@@ -26,6 +28,8 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "judge": JudgeConfig,
     "ablate": AblationConfig,
+    "prepare": PrepareConfig,
+    "launch": LaunchConfig,
 }
 # What each command must be told, and which keys of its configuration it reads.
 REQUIRED = {
@@ -36,6 +40,8 @@ REQUIRED = {
     "evaluate": ["model.path=somewhere"],
     "judge": [],
     "ablate": [],
+    "prepare": [],
+    "launch": [],
 }
 READS: Mapping[str, Callable[[str], bool]] = {
     "evaluate": evaluate.reads,
@@ -49,6 +55,8 @@ COMPANIONS = {
     # an engine on part of a GPU, and a memory share for it
     "placement/gpu1": ["rollout=vllm_gpu", "rollout.engine.gpu_memory_utilization=0.4"],
     "placement/gpu8": ["rollout=vllm_gpu"],
+    "placement/gpu_4x8": ["rollout=vllm_gpu"],
+    "placement/gpu_16x8": ["rollout=vllm_gpu", "prompts_per_step=64"],  # a prompt for every rank
     # where a sign says right or wrong, nothing may move zero
     "gate/sign_consistent": ["whiten=scale"],
     "gate/selective": ["whiten=scale"],
@@ -90,7 +98,9 @@ def entries() -> list[str]:
 
 def options() -> list[tuple[str, str]]:
     """Every (group, option) of ``conf/``."""
-    return [(group, option) for group, found in groups().items() if group != "recipe" for option in found]
+    return [
+        (group, option) for group, found in groups().items() if group not in ("recipe", "cluster") for option in found
+    ]
 
 
 def of_group(group: str) -> list[str]:
@@ -112,6 +122,8 @@ def place(group: str, option: str | None = None) -> tuple[str, str]:
     """The entry that a group feeds, and where in it the option lands."""
     if f"{group}/{option}" in {*TAKES_IN, "normalizer/greedy"}:
         return "train", f"streams.outcome.{group}"
+    if group == "dataset":
+        return "prepare", "data.one"  # nothing is prepared unless a recipe or the command line adds it
     for entry in ("train", *entries()):
         for listed, package in defaults_of(read(conf_dir() / f"{entry}.yaml")):
             if listed == group:
@@ -175,7 +187,7 @@ def chosen(group: str, option: str) -> tuple[str, list[str]]:
         *given_to_sources(group, option),
         *COMPANIONS.get(group, []),
         *COMPANIONS.get(f"{group}/{option}", []),
-        f"{key}={option}",
+        f"{'+' if group == 'dataset' else ''}{key}={option}",
     ]
     overrides += [*missing(read(conf_dir() / group / f"{option}.yaml"), package)]
     return entry, overrides + required(entry, overrides)

@@ -148,11 +148,15 @@ class Commands:
         finally:
             del self.generator._reset_prefix_cache
 
-    def load_broken_off(self, version: int, weights: list[tuple[str, Any]]) -> str:
-        """Buckets of which the last is missing: the reload fails half way."""
+    def load_broken_off(self, version: int, weights: list[tuple[str, Any]], part: float = 1.0) -> str:
+        """The first ``part`` of the buckets, and at best all but one: the reload fails on the way."""
         from rlprm.engine.weights import Manifest, buckets
 
-        return self.generator.load_buckets(version, Manifest.of(weights), list(buckets(weights, 4096))[:-1])
+        packed = list(buckets(weights, 4096))
+        return self.generator.load_buckets(version, Manifest.of(weights), packed[: int(part * (len(packed) - 1))])
+
+    def mend(self) -> bool:
+        return self.generator.mend()
 
     def load_while_running(self, version: int, weights: list[tuple[str, Any]], requests: list[Any]) -> list[Any]:
         """The error of a load between two responses, and what the iterator still gives."""

@@ -11,7 +11,7 @@ import pytest
 from rlprm.cli.compose import composed
 from rlprm.cli.main import main
 from rlprm.config import TrainConfig, validated
-from rlprm.run import kept, training
+from rlprm.run import kept, starting, training
 from rlprm.run.progress import Progress
 from tests.integration.support import CHAIN, PRM, SMALL, VLLM, json_lines
 
@@ -37,7 +37,7 @@ def alone(folder: Path, *overrides: str) -> Path:
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each start of engines or learner processes from now on; the real ones start."""
     seen: list[str] = []
-    sampling, learners = kept.build._sampling_actors, kept.build._workers
+    sampling, learners = starting.sampling_actors, starting.ranks
 
     def watched_sampling(*given: Any) -> Any:
         seen.append("engines")
@@ -47,8 +47,8 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(name)
         return learners(name, *given)
 
-    monkeypatch.setattr(kept.build, "_sampling_actors", watched_sampling)
-    monkeypatch.setattr(kept.build, "_workers", watched_learners)
+    monkeypatch.setattr(starting, "sampling_actors", watched_sampling)
+    monkeypatch.setattr(starting, "ranks", watched_learners)
     return seen
 
 

@@ -268,6 +268,20 @@ def test_an_aborted_sample_is_never_returned_as_finished(tied: Any) -> None:
     assert (second[1].finish, second[1].tokens, second[1].logprobs) == ("abort", (), ())
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_a_mended_engine_takes_another_load_and_samples_only_after_it(fresh: Any, part: float) -> None:
+    for version in (2, 4):  # and it can be mended again
+        with pytest.raises(Exception, match="no further bucket"):  # a child process passes on the words only
+            fresh.host.call("load_broken_off", version, weights(version, fresh.tied), part)
+        assert fresh.host.call("mend")
+        with pytest.raises(StaleWeights, match="mixture of weights"):
+            fresh.host.call("generate", [request([1], (0,))])
+        fresh.host.call("load", version + 1, weights(version + 1, fresh.tied))
+        assert gap(fresh, version + 1, 1.0) < 1e-5
+    assert fresh.host.call("mend")  # nothing to do
+    assert gap(fresh, 5, 0.6) < 1e-5
+
+
 def test_a_load_that_broke_off_is_fatal_for_the_engine(tied: Any) -> None:
     with pytest.raises(StaleWeights, match="no further bucket"):
         tied.host.call("load_broken_off", 2, weights(2, True))

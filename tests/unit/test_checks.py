@@ -96,6 +96,13 @@ REGEX = {"_target_": "rlprm.core.steps.regex", "_partial_": True, "pattern": "("
         ("oracle", {"streams.process.normalizer": RANK, "streams.process.estimator": SOFTMIN}, "centred twice: .*rank"),
         ("prime", {"streams.process.normalizer": {**RAW, "accumulate": "prefix"}}, "'process' is summed up twice"),
         ("prof", {"responses_per_prompt": 4}, "select.keep is 4 and responses_per_prompt 4: nothing would be selected"),
+        (
+            "prime",
+            {"recovery.min_policy_ranks": 2},
+            r"min_policy_ranks is 2 and placement\.policy_ranks 1: the run would",
+        ),
+        ("prime", {"recovery.min_prm_ranks": 3}, r"set recovery\.min_prm_ranks to at most 1, or to null"),
+        ("prime", {"recovery.min_engines": 2}, r"recovery\.min_engines is 2 and placement\.engines 1"),
         ("prof", {"select.stream": "elsewhere"}, "select: select reads the process rewards of stream 'elsewhere'"),
         (
             "prime",

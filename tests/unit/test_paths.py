@@ -13,5 +13,5 @@ def test_a_checkout_a_wheel_and_neither(tmp_path):
         _locate("conf", package)
     (tmp_path / "conf").mkdir()
     assert _locate("conf", package) == tmp_path / "conf"
-    (package / "_conf").mkdir()
-    assert _locate("conf", package) == package / "_conf"
+    (package / "_shipped" / "conf").mkdir(parents=True)
+    assert _locate("conf", package) == package / "_shipped" / "conf"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from rlprm.actors.rollout import MAX_TRIES, RolloutActor, Rollouts, parts_of, seed_of
+from rlprm.actors.sampled import BEGUN
 from rlprm.errors import WorkerLost
 from rlprm.roles import Finish, Request, Rollout
 from tests.unit.made import prompt
@@ -94,7 +95,8 @@ def requested() -> list[tuple[int, Request]]:
 
 def test_groups_come_with_the_index_of_their_request():
     found = list(actor(Engine({})).sample(requested()))
-    assert [found[0], found[2]] == [(0, 0), (1, 0)]
+    assert found[0] == BEGUN
+    assert [found[2], found[4]] == [(0, 0), (1, 0)]
     assert [found[1][0].prompt.id, found[3][0].prompt.id] == ["a/0", "a/1"]
 
 
@@ -103,7 +105,7 @@ def test_an_aborted_group_is_sampled_again_and_counted():
     asked = requested()
     found = list(actor(engine).sample(asked))
     assert engine.asked == [["a/0", "a/1"], ["a/0"]]  # only the aborted one again
-    assert [found[0], found[2]] == [(1, 0), (0, 3)]  # all three samples of the group were thrown away
+    assert [found[2], found[4]] == [(1, 0), (0, 3)]  # all three samples of the group were thrown away
     assert [each.finish for each in found[3]] == ["stop"] * 3
     assert tuple(each.seed for each in found[3]) == asked[0][1].seeds
 
@@ -140,7 +142,8 @@ def test_with_a_greedy_response_besides_a_shared_seed_loses_nothing_either():
 def test_groups_come_before_a_later_batch_is_asked_for():
     engine = Engine({})
     finished = actor(engine).sample(list(enumerate(sharing_a_seed())))
-    assert next(finished) == (0, 0)
+    assert next(finished) == BEGUN
+    assert [each.prompt.id for each in next(finished)] == ["a/0"] * 3
     assert engine.asked == [["a/0", "a/1"]]
 
 
@@ -160,7 +163,7 @@ def test_a_greedy_response_comes_last_and_changes_no_sample():
     engine = Engine({})
     found = list(actor(engine).sample(greedily()))
     assert engine.asked == [["a/0", "a/0", "a/1", "a/1"]]
-    assert [found[0], found[2]] == [(0, 0), (1, 0)]
+    assert [found[2], found[4]] == [(0, 0), (1, 0)]
     for (_, request), group in zip(requested(), (found[1], found[3]), strict=True):
         assert [each.greedy for each in group] == [False, False, False, True]
         assert tuple(each.seed for each in group[:3]) == request.seeds  # as without the baseline
@@ -184,7 +187,7 @@ class Backwards(Engine):
 
 def test_the_order_in_which_parts_finish_does_not_matter():
     found = list(actor(Backwards({})).sample(greedily()))
-    assert [found[0], found[2]] == [(1, 0), (0, 0)]
+    assert [found[2], found[4]] == [(1, 0), (0, 0)]
     assert [each.greedy for each in found[1]] == [False, False, False, True]
 
 
@@ -192,5 +195,5 @@ def test_an_aborted_part_samples_the_whole_group_again():
     engine = Engine({"a/0": 1})
     found = list(actor(engine).sample(greedily()))
     assert engine.asked == [["a/0", "a/0", "a/1", "a/1"], ["a/0", "a/0"]]
-    assert found[2] == (0, 4)
+    assert found[4] == (0, 4)
     assert [each.greedy for each in found[3]] == [False, False, False, True]

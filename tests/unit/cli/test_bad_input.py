@@ -129,7 +129,9 @@ def test_command_that_does_not_exist(capsys):
 def test_model_folder(refused, tmp_path):
     output = f"output_dir={tmp_path}/runs"
     assert "model.path '/no/model' is no folder" in refused(RECIPE, output, "model.path=/no/model")
-    assert "download a hub model first, e.g. hf download owner/name" in refused(RECIPE, output, "model.path=owner/name")
+    said = refused(RECIPE, output, "model.path=owner/name")
+    assert "rlprm prepare recipe=NAME" in said
+    assert "hf download owner/name --local-dir FOLDER" in said
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refused(RECIPE, output, f"model.path={tmp_path}/empty")
     (tmp_path / "empty/config.json").write_text("{}")

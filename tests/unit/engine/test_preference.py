@@ -10,6 +10,7 @@ import torch
 from rlprm.core.metrics import numbers
 from rlprm.core.preference import Pair
 from rlprm.core.reduce import Identity
+from rlprm.engine.offline import Turns
 from rlprm.engine.preference import Preference, inside
 from rlprm.records import JaggedShard
 from tests.unit.made import TableLearner, shard
@@ -45,15 +46,17 @@ def learner_of(learner: TableLearner, pairs: list[Pair], *, batch_size: int, tok
         learner,
         rows(),
         pairs,
+        Turns(
+            batch_size=batch_size,
+            seed=0,
+            token_budget=token_budget,
+            layout=layout,
+            rank=rank,
+            world_size=world_size,
+            reduce=reduce or Identity(),
+            tokenizer_path="",
+        ),
         beta=0.5,
-        batch_size=batch_size,
-        seed=0,
-        token_budget=token_budget,
-        layout=layout,
-        rank=rank,
-        world_size=world_size,
-        reduce=reduce or Identity(),
-        tokenizer_path="",
     )
 
 

@@ -15,6 +15,7 @@ from rlprm.engine.batching import micros
 from rlprm.engine.combine import global_numbers
 from rlprm.engine.learner import Outputs
 from rlprm.engine.model import load_value, response_values
+from rlprm.engine.offline import Turns
 from rlprm.engine.step_labels import StepExample, StepLabels, label_cross_entropy, laid_out
 from rlprm.run.prm_training import written
 from rlprm.sources.prm_formats import Separated
@@ -32,10 +33,11 @@ TABLE = [9.0, 9.0, 0.5, 9.0, -1.0, 9.0, 2.0]  # of ids 1 to 7; id 0, the added t
 
 def learner(examples=EXAMPLES, held_out=(), *, token_budget=64, layout="padded", batch_size=2):
     table = TableLearner(TABLE)
-    made = StepLabels(
-        table, examples, list(held_out), batch_size=batch_size, seed=0, token_budget=token_budget, layout=layout, rank=0,
-        world_size=1, reduce=Identity(), tokenizer_path="",
+    turns = Turns(
+        batch_size=batch_size, seed=0, token_budget=token_budget, layout=layout, rank=0, world_size=1,
+        reduce=Identity(), tokenizer_path="",
     )  # fmt: skip
+    made = StepLabels(table, examples, list(held_out), turns)
     return made, table
 
 

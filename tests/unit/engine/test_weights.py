@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from rlprm.engine.weights import (
     Digest,
+    GroupBroken,
     Manifest,
+    _blocking_nccl,
     bucket_sizes,
     buckets,
     digest_of,
@@ -193,5 +197,39 @@ def test_a_group_carries_every_bit_to_each_receiver(digest: bool) -> None:
 
 
 def test_a_group_whose_receiver_never_comes_ends_with_an_error() -> None:
-    with pytest.raises(torch.distributed.DistError):
+    with pytest.raises(GroupBroken, match="rank 0 met fewer than 2 members of the weights' group"):
         make_group("127.0.0.1", free_port(), 0, 2, "gloo", 1.0)
+
+
+def test_a_member_that_leaves_ends_the_wait_of_the_others_and_nobody_sends_through_a_group_that_was_left() -> None:
+    port, raised, begin = free_port(), [], time.monotonic()
+
+    def receiver() -> None:
+        group = make_group("127.0.0.1", port, 1, 2, "gloo", 30.0)
+        try:
+            list(receive(group, Manifest.of(some()), 48))
+        except GroupBroken as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=receiver)
+    thread.start()
+    group = make_group("127.0.0.1", port, 0, 2, "gloo", 30.0)
+    group.leave()
+    group.leave()
+    thread.join(timeout=20)
+    assert len(raised) == 1
+    assert raised[0].startswith("the weights' group broke: ")
+    assert time.monotonic() - begin < 10
+    with pytest.raises(GroupBroken, match="must be made anew"):
+        send(group, some(), 48, False)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_only_the_weights_group_of_nccl_is_told_to_raise(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with _blocking_nccl():
+        assert os.environ[name] == "1"
+    assert os.environ.get(name) == before

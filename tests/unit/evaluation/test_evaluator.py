@@ -54,8 +54,8 @@ class Judges:
     def __init__(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
 
-    def judge(self, finished):
-        assert len(list(finished)) == len(self.rollouts.asked[-1])
+    def judge(self, finished, told):
+        assert [told() for _ in finished] == [None] * len(self.rollouts.asked[-1])
         return tuple(group(*[1.0] * len(request.seeds)) for request in self.rollouts.asked[-1])
 
 

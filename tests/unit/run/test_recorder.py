@@ -96,6 +96,9 @@ class Trackers:
         self.closed = True
 
 
+ENGINES = {"rollout/engines": 2.0, "rollout/engines_lost": 0.0, "rollout/engines_joined": 0.0}
+
+
 def recorder(**changes):
     trackers, lines = Trackers(), []
     timings = iter([{"timing_s/step": 2.0}, {"timing_s/testing": 1.0}] * 4)
@@ -104,11 +107,12 @@ def recorder(**changes):
         "clock": SimpleNamespace(collect=lambda: next(timings)),
         "transfer": SimpleNamespace(metrics={"weights/version": 6.0}),
         "prompts": SimpleNamespace(metrics=lambda: {"data/a/epoch": 0.5}),
-        "rollouts": SimpleNamespace(take_aborted=lambda: 2),
+        "rollouts": SimpleNamespace(take_metrics=lambda: {**ENGINES, "keep/aborted": 2.0}),
         "alarms": SimpleNamespace(check=lambda step, metrics: {"alarm/length": float(metrics["staleness/max"] > step)}),
         "rollouts_total": 10.0,
         "tokens_total": 100.0,
         "version": 5.0,
+        "restarts": 1.0,
         "progress": lines.append,
         **changes,
     }
@@ -180,6 +184,15 @@ def test_an_evaluation_joins_its_step():
     assert trackers.logged[1][1]["val-core/a/accuracy/greedy"] == 0.4
     assert trackers.logged[1][1]["training/global_step"] == 1.0
     assert trackers.closed
+
+
+def test_the_line_tells_of_engines_that_came_or_went():
+    changed = {**ENGINES, "rollout/engines": 1.0, "rollout/engines_lost": 1.0}
+    made, trackers, lines = recorder(rollouts=SimpleNamespace(take_metrics=lambda: changed))
+    made.record(1, kept(), SimpleNamespace(metrics={}), CREDIT, [])
+    made.flush()
+    assert lines == ["sampled accuracy 0.50, 1 rollout engines (1 lost, 0 joined)"]
+    assert trackers.logged[0][1]["rollout/engines_lost"] == 1.0
 
 
 def test_without_a_prm_the_line_speaks_of_accuracy_only():

@@ -9,6 +9,7 @@ import pytest
 from rlprm.run.folder import write_run_header
 from rlprm.run.redact import HIDDEN, is_secret_name, redact, redact_text
 from rlprm.run.tracker import MetricsLog, RolloutLog, TensorBoard, Trackers, WandB
+from tests.unit.run.wandb_log import contents
 
 # where a key hides -> the part that must never be seen
 PLANTED = {
@@ -96,8 +97,10 @@ def test_no_planted_key_reaches_any_file_of_a_run(planted, tmp_path, monkeypatch
     run = tmp_path / "run"
     run.mkdir()
     write_run_header(run, "\n".join(f"{key}: {value}" for key, value in CONFIG.items()), {"torch": "2.13.0"}, None)
-    wandb = WandB(run, project="p", name="n", group=None, job_type="j", tags=["t"], run_id="id1", config=CONFIG)
-    trackers = Trackers([MetricsLog(run), TensorBoard(run), wandb], RolloutLog(run))
+    wandb = WandB(
+        run, project="p", name="n", group=None, job_type="j", tags=["t"], run_id="id1", config=CONFIG, artifact="n"
+    )
+    trackers = Trackers([MetricsLog(run), TensorBoard(run / "tensorboard"), wandb], RolloutLog(run))
     trackers.log(1, {"actor/lr": 1e-6})
     trackers.close()
 
@@ -111,7 +114,8 @@ def test_no_planted_key_reaches_any_file_of_a_run(planted, tmp_path, monkeypatch
     }
     assert found == set()
     # W&B was really there, and offline.
-    assert list((run / "wandb").glob("offline-run-*-id1/*.wandb"))
+    (log,) = (run / "wandb").glob("offline-run-*-id1/*.wandb")
+    assert b"n-config" in contents(log)  # the artifact was logged
 
 
 def test_no_key_of_the_shipped_configuration_looks_like_a_secret():

@@ -1,4 +1,4 @@
-"""A run that an alarm ends is saved first, whether that was due or not."""
+"""A run that an alarm ends, or that is asked to end, is saved first, whether that was due or not."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rlprm.core.alarms import Rule
 from rlprm.core.gates import TrustState
 from rlprm.data.datasets import Row
 from rlprm.data.prompt_source import PromptSource, Source
-from rlprm.errors import AlarmRaised
+from rlprm.errors import AlarmRaised, Stopped
 from rlprm.run.alarms import Alarms
 from rlprm.run.checkpoint import Checkpointer
 from rlprm.run.saving import Checkpoints
+from rlprm.run.stopping import Stopping
 
 RULE = Rule(
     name="length", metric="response_length/mean", low=None, high=1.0, fall=None, rise=None, patience=1, action="stop",
@@ -36,6 +37,7 @@ class Run:
             [Source("a", rows, 1.0)], lambda question: (question, [1]), seed=0, max_prompt_tokens=8
         )
         self.flushed = 0
+        self.stopping = Stopping(lambda words: None)
         self.checkpointer = Checkpointer(folder, keep_last=2)
         self.checkpoints = Checkpoints(
             self.checkpointer,
@@ -44,6 +46,7 @@ class Run:
             sources=self.sources,
             recorder=SimpleNamespace(flush=self._flush, version=1.0, rollouts_total=2.0, tokens_total=3.0),
             alarms=self.alarms,
+            stopping=self.stopping,
             every=10,
             last_step=20,
         )
@@ -80,6 +83,31 @@ def test_an_alarm_saves_first_and_the_next_run_knows_of_it(run: Run, tmp_path: P
     again.checkpoints.restore(folder, state)
     assert again.alarms.state() == run.alarms.state()
     assert again.prompts.state() == run.prompts.state()
+
+
+def test_a_wish_to_end_saves_first(run: Run) -> None:
+    run.checkpoints.save(2)
+    run.stopping.asked = True
+    with pytest.raises(Stopped, match="^stopped after step 3, which is saved$"):
+        run.checkpoints.save(3)
+    assert saved(run) == ["step_000003"]
+    with pytest.raises(Stopped, match="step 10"):
+        run.checkpoints.save(10)  # which is due, and is written once
+    assert run.flushed == 2
+
+
+def test_a_run_whose_last_step_is_over_has_not_been_stopped(run: Run) -> None:
+    run.stopping.asked = True
+    run.checkpoints.save(20)
+    assert saved(run) == ["step_000020"]
+
+
+def test_an_alarm_goes_before_a_wish(run: Run) -> None:
+    run.stopping.asked = True
+    run.alarms.check(3, {RULE.metric: 2.0})
+    with pytest.raises(AlarmRaised):
+        run.checkpoints.save(3)
+    assert (saved(run), run.flushed) == (["step_000003"], 1)
 
 
 def test_a_checkpoint_from_before_there_were_alarms_is_read(run: Run, tmp_path: Path) -> None:

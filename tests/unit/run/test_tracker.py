@@ -38,7 +38,7 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path):
 
 
 def test_values_that_are_not_finite_are_null_and_counted(tmp_path):
-    trackers = Trackers([MetricsLog(tmp_path), TensorBoard(tmp_path)])
+    trackers = Trackers([MetricsLog(tmp_path), TensorBoard(tmp_path / "tensorboard")])
     trackers.log(1, {"actor/pg_loss": math.nan, "actor/grad_norm": math.inf, "actor/lr": 0.5})
     trackers.close()
     assert rows(tmp_path / "metrics.jsonl") == [
@@ -99,11 +99,11 @@ def test_a_file_of_another_run_is_not_continued(tmp_path):
 
 
 def test_tensorboard_hides_the_steps_that_are_run_again(tmp_path):
-    first = TensorBoard(tmp_path)
+    first = TensorBoard(tmp_path / "tensorboard")
     for step in (1, 2, 3):
         first.log(step, {"actor/lr": float(step)})
     first.close()
-    again = TensorBoard(tmp_path, resume_from=1)
+    again = TensorBoard(tmp_path / "tensorboard", resume_from=1)
     again.log(2, {"actor/lr": 20.0})
     again.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

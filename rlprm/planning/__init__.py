@@ -1,0 +1,1 @@
+"""What a configuration needs, worked out before anything starts."""
