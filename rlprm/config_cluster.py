@@ -63,7 +63,9 @@ class SlurmCluster(OwnRay):
     qos: str | None
     constraint: str | None
     time: str | None  # as sbatch reads it, for example 1-12:00:00
-    save_s: Annotated[int, Field(ge=0)]  # before that time is over, the run shall finish its step, save and end; 0: it is cut off
+    save_s: Annotated[
+        int, Field(ge=0)
+    ]  # before that time is over, the run shall finish its step, save and end; 0: it is cut off
     gpu_option: Literal["gres", "gpus-per-node"]  # how GPUs are asked for
     extra: list[str]  # further lines of #SBATCH
     setup: list[str]  # shell lines before anything starts on a node (modules, environments)

@@ -70,13 +70,16 @@ class Jobs:
 
         Raises:
             ConfigError: the cluster refuses it, or the folder is too large.
+            Unreachable: no answer now; it may have been accepted.
         """
         runtime: dict[str, Any] = {"env_vars": dict(environment)}
         if directory is not None:
             runtime |= {"working_dir": directory, "excludes": list(excludes)}
         try:
             self._client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime)
-        except (RuntimeError, ValueError, requests.RequestException) as error:
+        except requests.RequestException as error:
+            raise Unreachable(f"the Ray cluster at {self._address} gave no answer ({_first_line(error)})") from error
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"the Ray cluster at {self._address} refuses the job: {_first_line(error)}") from error
 
     def look(self, name: str) -> JobState:

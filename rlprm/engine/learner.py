@@ -74,7 +74,8 @@ class Learner:
         )
         checkpoints.make_loading_safe(self._engine)
         self._hyperparameters = [
-            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in self._engine.optimizer.param_groups
+            {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            for group in self._engine.optimizer.param_groups
         ]
 
     @property

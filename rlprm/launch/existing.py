@@ -52,15 +52,28 @@ def submit(task: Task, cluster: ExistingCluster, say: Say) -> None:
 
     Raises:
         ConfigError: nothing answers at the address, it refuses the job, or the job would show a secret.
+        WorkerLost: no answer any more; the job may have been accepted.
     """
+    from rlprm.actors.jobs import Unreachable
+
     refuse(task, cluster)
-    _jobs(cluster).submit(
-        _name(task),
-        entrypoint(task, cluster),
-        environment=variables(task, cluster),
-        directory=str(CHECKOUT) if cluster.upload else None,
-        excludes=EXCLUDES,
-    )
+    jobs = _jobs(cluster)
+    put(task.path, launcher.SUBMITTED, "")  # from here on the job may exist, whatever is answered
+    try:
+        jobs.submit(
+            _name(task),
+            entrypoint(task, cluster),
+            environment=variables(task, cluster),
+            directory=str(CHECKOUT) if cluster.upload else None,
+            excludes=EXCLUDES,
+        )
+    except ConfigError:
+        (task.path / launcher.SUBMITTED).unlink()
+        raise
+    except Unreachable as error:
+        raise WorkerLost(
+            f"{error}, so it is not known whether the job was accepted; rlprm status {task.id} asks again"
+        ) from error
     say(f"Ray job {_name(task)} is submitted to {cluster.address}")
 
 
@@ -93,7 +106,7 @@ def status(task: Task, cluster: ExistingCluster) -> Status:
     try:
         found = _jobs(cluster).look(_name(task))
     except (ConfigError, Unreachable) as error:
-        return Status(state="lost", detail=str(error), exit_code=None)
+        return Status(state="unknown", detail=str(error), exit_code=None)
     if not found.state:
         return Status(state="lost", detail=f"{cluster.address} knows no job {_name(task)}", exit_code=None)
     detail = f"Ray job {_name(task)}: {found.state}"

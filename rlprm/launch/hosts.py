@@ -56,7 +56,9 @@ def check(found: Task, cluster: HostsCluster) -> None:
         ConfigError: there is none.
     """
     if shutil.which(cluster.connect[0]) is None:
-        raise ConfigError(f"cluster.connect begins with {cluster.connect[0]}, which cannot be run; expected ssh or the like")
+        raise ConfigError(
+            f"cluster.connect begins with {cluster.connect[0]}, which cannot be run; expected ssh or the like"
+        )
 
 
 def launch(found: Task, cluster: HostsCluster, say: Say) -> int:
@@ -247,17 +249,17 @@ def _until_the_end(found: Task, links: Sequence[Link], wishes: Wishes, say: Say)
     if (code == 255 or code < 0) and task.exit_code(found.path) is None:
         say(f"the connection to {links[0].host} is gone, and is not renewed")
         if (found.path / task.HEAD).exists():  # before that there is nothing to save
-            _wait_for_a_lost_head(found, links, wishes, say)
+            _wait_for_a_lost_head(found, links, wishes, say, told is not None)
         return 1
     return wishes.code() if told is not None and code != 0 else code
 
 
-def _wait_for_a_lost_head(found: Task, links: Sequence[Link], wishes: Wishes, say: Say) -> None:
-    """Without its connection the head lets the run finish its step and save. Until then it needs the others, whose connections stay."""
+def _wait_for_a_lost_head(found: Task, links: Sequence[Link], wishes: Wishes, say: Say, told: bool) -> None:
+    """Without its connection the head lets the run finish its step and save, for which it needs the others."""
+    deadline = time.monotonic() + HEAD_GRACE_S
     say(f"the run has {HEAD_GRACE_S:.0f} s to finish its step and save, as its head knows; Ctrl-C gives it up")
-    wished, deadline = wishes.asked is not None, time.monotonic() + HEAD_GRACE_S
     while task.exit_code(found.path) is None and time.monotonic() < deadline:
-        if wishes.hard or (wishes.asked is not None and not wished):
+        if wishes.hard or (wishes.check() and not told):
             say("the run is given up")
             return
         for link in links[1:]:

@@ -61,7 +61,9 @@ def ask(cluster: KubeRayCluster, *arguments: str, given: str | None = None, with
             start_new_session=True,  # the terminal's Ctrl-C is for the launcher
         )
     except subprocess.TimeoutExpired as error:
-        raise Unreachable(f"kubectl {arguments[0]} gave no answer within {within_s:.0f} s; is the cluster up?") from error
+        raise Unreachable(
+            f"kubectl {arguments[0]} gave no answer within {within_s:.0f} s; is the cluster up?"
+        ) from error
     except OSError as error:
         raise Unreachable(f"kubectl cannot be run here: {error.strerror}") from error
     if done.returncode != 0:
@@ -147,7 +149,7 @@ class Log:
     def _open(self, *verb: str) -> None:
         command = kubectl(self._cluster, *verb, "--timestamps", *self._since, f"job/{self._name}")
         self._rest = b""  # comes again, whole
-        self._complaints = tempfile.TemporaryFile()
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _close
         try:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=self._complaints, start_new_session=True

@@ -212,7 +212,9 @@ class Watched:
         self._answered, self._silent = time.monotonic(), False
         if job is None:
             if exit_code(self._task.path) is None:
-                raise WorkerLost(f"RayJob {name} was deleted before it ended; the same command continues from its checkpoint")
+                raise WorkerLost(
+                    f"RayJob {name} was deleted before it ended; the same command continues from its checkpoint"
+                )
             return True  # by `rlprm stop`, which has waited for the run
         self.state = _state(job)
         if self.state in ENDED:
@@ -242,7 +244,9 @@ def _stop(task: Task, cluster: KubeRayCluster) -> None:
         if _ask_to_stop(task, cluster):
             code = _wait_for_the_end(task, cluster)
     except Unreachable as error:
-        raise WorkerLost(f"launch {task.id} was not asked to end ({error}); it goes on: rlprm stop {task.id}") from error
+        raise WorkerLost(
+            f"launch {task.id} was not asked to end ({error}); it goes on: rlprm stop {task.id}"
+        ) from error
     except KeyboardInterrupt:
         _delete(task, cluster, code)
         raise

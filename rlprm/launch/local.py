@@ -38,7 +38,9 @@ def check(found: Task, cluster: LocalCluster) -> None:
         ConfigError: there is no such folder or interpreter.
     """
     if not os.path.isdir(found.directory):
-        raise ConfigError(f"cluster.directory is {found.directory}, which is no folder; expected where the run shall start")
+        raise ConfigError(
+            f"cluster.directory is {found.directory}, which is no folder; expected where the run shall start"
+        )
     if shutil.which(os.path.join(found.directory, found.python) if os.sep in found.python else found.python) is None:
         raise ConfigError(f"cluster.python is {found.python}, which cannot be run; expected the Python that has rlprm")
 

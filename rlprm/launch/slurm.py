@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from rlprm.config_cluster import SlurmCluster
 from rlprm.errors import ConfigError, WorkerLost
 from rlprm.launch.backends import Say, Status
+from rlprm.launch.launcher import SUBMITTED
 from rlprm.launch.processes import GRACE_S, INTERRUPTED, Wishes
 from rlprm.launch.slurm_queue import Job, Unreachable, cancel, look, submit_script
 from rlprm.launch.streams import follow as following
@@ -107,17 +108,25 @@ def submit(task: Task, cluster: SlurmCluster, say: Say) -> None:
 
     Raises:
         ConfigError: there is no Slurm here, or it refuses the job: its words, and what to do.
+        WorkerLost: no answer; the job may have been accepted.
     """
     text = script(task, cluster)
     values = {name: os.environ[name] for name in task.secrets if os.environ.get(name)}
     descriptor = os.open(task.path / SECRETS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(values, file)
+    put(task.path, SUBMITTED, "")  # from here on the job may exist, whatever is answered
     try:
         job = submit_script(text, handed_on(os.environ, task.secrets, text))
-    except (ConfigError, Unreachable) as error:
+    except ConfigError:
+        (task.path / SUBMITTED).unlink()
         forget(task)
-        raise error if isinstance(error, ConfigError) else ConfigError(f"Slurm does not answer ({error})") from error
+        raise
+    except Unreachable as error:
+        raise WorkerLost(
+            f"Slurm does not answer ({error}), so it is not known whether the job was accepted; look with squeue --me, and "
+            f"for a job named {task.id} before the launch is tried again"
+        ) from error
     (task.path / JOB).write_text(job + "\n", encoding="utf-8")
     say(f"Slurm job {job} is submitted; what it prints is in {task.path / OUTPUT}")
 
@@ -153,8 +162,8 @@ def status(task: Task, cluster: SlurmCluster) -> Status:
     try:
         found = look(number)
     except (Unreachable, ConfigError) as error:
-        detail = f"Slurm job {number}: Slurm does not answer ({error})"
-        return Status(state="lost" if code is None else "ended", detail=detail, exit_code=code)
+        # also where there is an exit code: it may be the first try's of a job that was put back
+        return Status(state="unknown", detail=f"Slurm job {number}: Slurm does not answer ({error})", exit_code=code)
     detail = f"Slurm job {number}: {found.words(task.nodes)}"
     if found.ended or not found.state:
         forget(task)

@@ -17,7 +17,7 @@ TOKEN = "token"  # Ray's authentication token, readable by its owner only
 LOG = "driver.log"  # what the run printed
 EXIT = "exit_code"  # written by the head when the run has ended
 HEAD = "head.json"  # {"address": HOST:PORT}, written by the head when Ray answers
-STOP = "stop"  # whoever makes this file asks the head to end the run, and the workers to leave
+STOP = "stop"  # whoever makes this file asks the head to end the run; the workers leave when it has ended
 LAUNCHES = "launches"  # beside the runs: <output_dir>/launches/<id>
 
 

@@ -35,9 +35,7 @@ ANSWER_S = 15.0  # for a node to answer; Ray calls a dead one alive for about as
 _LISTS = ("policy_nodes", "prm_nodes", "engine_nodes")
 
 
-def supervised(
-    config: TrainConfig, composed: Composed, progress: Progress, stopping: Stopping | None = None
-) -> Path:
+def supervised(config: TrainConfig, composed: Composed, progress: Progress, stopping: Stopping | None = None) -> Path:
     """:func:`rlprm.run.training.train`, and again from the last checkpoint as often as ``recovery.restarts`` allows.
 
     It waits up to ``recovery.wait_s`` for lost nodes, and then goes on with fewer ranks if ``recovery`` allows that.

@@ -191,7 +191,9 @@ def changes(folder: Path, composed: Composed) -> list[str]:
             f"the run in {folder} was started with {fixed[0]} = {before.get(fixed[0])!r} and now has "
             f"{now.get(fixed[0])!r}; that is another run: choose another name or output_dir, or undo the change"
         )
-    return [f"resuming with {key} = {now.get(key)!r} (was {before.get(key)!r})" for key in differing if key not in WHERE]
+    return [
+        f"resuming with {key} = {now.get(key)!r} (was {before.get(key)!r})" for key in differing if key not in WHERE
+    ]
 
 
 def versions() -> Mapping[str, str]:

@@ -22,7 +22,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipe=chain_arithmetic_cpu"
 STAND_IN = """\
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # a real run would finish its step first
 print("stand-in", *sys.argv[1:], flush=True)
 try:
     time.sleep({seconds})

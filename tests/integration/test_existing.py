@@ -74,7 +74,7 @@ def test_exit_code_and_ctrl_c(address: str, tmp_path: Path) -> None:
     with Launched(*words(address, waits, stand_in(waits, seconds=600)), "cluster.upload=false") as launched:
         launched.until("stand-in train")
         launched.process.send_signal(signal.SIGINT)
-        assert launched.end() == 130, launched.text
+        assert launched.end(60) == 130, launched.text
     assert "the run is asked to end (rlprm stop)" in launched.text
 
 

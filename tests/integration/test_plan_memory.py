@@ -69,9 +69,10 @@ def compared(folder: Path, role: Any, logs: Path, *overrides: str) -> tuple[list
 
 CASES = [
     ("25M", "policy", ("placement.policy_ranks=2",)),
-    ("25M", "policy", ("policy.token_budget=256",)),  # two micro-batches for an optimizer step
+    # two micro-batches for an optimizer step
+    pytest.param("25M", "policy", ("policy.token_budget=256",), marks=pytest.mark.long),
     ("94M", "policy", ()),
-    ("25M", "prm", ()),
+    pytest.param("25M", "prm", (), marks=pytest.mark.long),
     pytest.param("94M", "prm", (), marks=pytest.mark.long),
 ]
 

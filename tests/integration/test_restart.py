@@ -21,6 +21,7 @@ from tests.integration.test_resume import decided
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.long
 def test_a_killed_rank_leaves_no_trace_in_the_numbers(ray_once: None, model: str, tmp_path: Path) -> None:
     pids: list[int] = []
 

@@ -107,6 +107,7 @@ def test_a_run_finishes_its_step_saves_and_goes_on_as_if_nothing_had_been(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.long  # with the first over a minute
 def test_asked_twice_it_ends_at_once(model: str, tmp_path: Path, command: Callable[..., Command]) -> None:
     """In the first step, which is long enough for the second wish to come in time."""
     running = command(
@@ -123,6 +124,7 @@ def test_asked_twice_it_ends_at_once(model: str, tmp_path: Path, command: Callab
     assert not list((folder / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.long  # with the first over a minute
 def test_what_saves_nothing_ends_at_once(model: str, tmp_path: Path, command: Callable[..., Command]) -> None:
     running = command(
         "sft", f"model.path={model}", f"output={tmp_path / 'warm'}", "steps=100000", "examples.modulus=3",

@@ -111,7 +111,7 @@ def test_a_node_that_others_use_has_less() -> None:
         (
             Asked(policy_ranks=2, prm_ranks=0, engines=5),
             cluster(4),
-            r"rollout engine 2 of 5 .*Nearest change that finds room for its processes \(rlprm plan says [^)]*\): placement\.engines=2, or 1 more node",
+            r"rollout engine 2 of 5 .*Nearest change that finds room .* memory fits\): placement\.engines=2, or 1 more node",
         ),
         (
             Asked(policy_ranks=1, prm_ranks=0, engines=1, tensor_parallel=16),
@@ -138,7 +138,7 @@ def test_a_node_that_others_use_has_less() -> None:
         (
             Asked(policy_ranks=1, prm_ranks=1, engines=1, gpus_per_rank=0.5, gpus_per_engine=0.5),
             cluster(1),
-            r"Nearest change that finds room for its processes \(rlprm plan says [^)]*\): placement\.gpus_per_rank=0\.25",
+            r"Nearest change that finds room .* memory fits\): placement\.gpus_per_rank=0\.25",
         ),
         (on_cpu(policy_nodes=[3]), cluster(0, 0), r"policy_nodes names node 3 .*placement\.policy_nodes=null"),
         (Asked(), [], r"there is no node"),
@@ -151,7 +151,7 @@ def test_what_does_not_fit_names_the_node_and_the_nearest_change(asked: Asked, n
 
 def test_without_prm_ranks_no_gpu_is_kept_for_them() -> None:
     asked = Asked(policy_ranks=4, prm_ranks=3, engines=4, prm_nodes=[0, 0, 0])
-    with pytest.raises(ConfigError, match="rollout engine 1 of 4 .* finds no room"):
+    with pytest.raises(ConfigError, match=r"rollout engine 1 of 4 .* finds no room"):
         seats(asked, cluster(8), 0)
     found = seats(asked, cluster(8), 0, prm=False)
     assert (found.policy, found.prm, found.engines) == ((0,) * 4, (), (0,) * 4)

@@ -124,6 +124,14 @@ def test_a_wish_is_a_small_job_and_a_second_one_stops(tmp_path: Path, monkeypatc
     assert standing.stopped == [f"rlprm-{made.id}"]
 
 
+def test_a_cluster_that_cannot_be_asked_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(given: ExistingCluster) -> Any:
+        raise ConfigError("no answer")
+
+    monkeypatch.setattr(existing, "_jobs", silent)
+    assert existing.status(written(a_job(tmp_path), cluster()), cluster()).state == "unknown"
+
+
 def test_a_cluster_that_has_forgotten_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     standing = Standing(JobState(state="", message="", code=None))
     monkeypatch.setattr(existing, "_jobs", lambda given: standing)

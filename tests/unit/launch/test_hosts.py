@@ -212,5 +212,5 @@ def test_at_the_end_the_head_goes_first(tmp_path: Path) -> None:
 
 def test_what_connects_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
     hosts.check(a_task(tmp_path), hosts_cluster())
-    with pytest.raises(ConfigError, match="cluster.connect begins with /no/such"):
+    with pytest.raises(ConfigError, match=r"cluster.connect begins with /no/such"):
         hosts.check(a_task(tmp_path), hosts_cluster(connect=["/no/such", "{host}"]))

@@ -183,7 +183,7 @@ def test_logs_are_kubectls(kubectl):
 def test_a_stop_without_an_answer_deletes_nothing(kubectl, monkeypatch):
     found, _ = launched(kubectl)
     (kubectl / "pods").unlink()  # so that the script fails
-    with pytest.raises(WorkerLost, match="was not asked to end .* it goes on: rlprm stop"):
+    with pytest.raises(WorkerLost, match=r"was not asked to end .* it goes on: rlprm stop"):
         kuberay.stop(found)
     assert not any("delete" in call for call in calls(kubectl))
     assert task.exit_code(found.path) is None
@@ -191,7 +191,10 @@ def test_a_stop_without_an_answer_deletes_nothing(kubectl, monkeypatch):
 
 def test_a_silence_is_waited_out(kubectl, capfd):
     found, section = launched(kubectl)
-    running, succeeded = {"jobDeploymentStatus": "Running"}, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+    running, succeeded = (
+        {"jobDeploymentStatus": "Running"},
+        {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
+    )
     answers(kubectl, "silent", "silent", running, "silent", succeeded)
     said: list[str] = []
     assert kuberay.launch(found, section, said.append) == 0
@@ -262,7 +265,7 @@ def test_a_manifest_that_may_have_arrived_is_not_called_refused(kubectl):
     found, _ = launched(kubectl)
     (kubectl / "code").write_text("1")
     answers(kubectl, "silent")
-    with pytest.raises(WorkerLost, match="it is not known whether RayJob .* was made .* rlprm stop"):
+    with pytest.raises(WorkerLost, match=r"it is not known whether RayJob .* was made .* rlprm stop"):
         attached(found, read_cluster(found.path))
     assert task.exit_code(found.path) is None
     answers(kubectl, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
@@ -282,7 +285,7 @@ def test_without_kubectl_the_way_out_is_named(kubectl, monkeypatch):
 
 
 def test_what_is_wrong_with_a_manifest_is_known_before_anything_is_written(kubectl):
-    with pytest.raises(ConfigError, match="cluster.claim is null"):
+    with pytest.raises(ConfigError, match=r"cluster.claim is null"):
         kuberay.check(TASK, cluster("cluster.claim=null"))
     assert not (kubectl / "calls").exists()
     kuberay.check(TASK, cluster())

@@ -139,6 +139,15 @@ class Answering:
     def logs(self, found: task.Task, follow: bool) -> Iterator[str]:
         yield "step 1\n"
 
+    def dry_run(self, found: task.Task, cluster: object) -> str:
+        raise NotImplementedError
+
+    def launch(self, found: task.Task, cluster: object, say: object) -> int:
+        raise NotImplementedError
+
+    def stop(self, found: task.Task) -> None:
+        raise NotImplementedError
+
     def forget(self, found: task.Task) -> None:
         self.forgotten.append(found.id)
 

@@ -16,9 +16,9 @@ from tests.unit.launch.launching import a_task, local_cluster, written
 def test_an_interpreter_or_folder_that_is_not_there_is_named_before_anything_is_written(tmp_path: Path) -> None:
     local.check(a_task(tmp_path), local_cluster())
     local.check(a_task(tmp_path, python="python3"), local_cluster())  # on PATH
-    with pytest.raises(ConfigError, match="cluster.python is /nope"):
+    with pytest.raises(ConfigError, match=r"cluster.python is /nope"):
         local.check(a_task(tmp_path, python="/nope"), local_cluster())
-    with pytest.raises(ConfigError, match="cluster.directory is /nope, which is no folder"):
+    with pytest.raises(ConfigError, match=r"cluster.directory is /nope, which is no folder"):
         local.check(a_task(tmp_path, directory="/nope"), local_cluster())
 
 

@@ -38,7 +38,7 @@ SCRIPT = """\
 cd /data/launches/small || { echo "rlprm: $(hostname) does not see /data/launches/small; output_dir must be on shared \
 storage" >&2; exit 1; }
 rm -f head.json exit_code stop  # of an earlier start of this job
-trap 'touch stop; told=1' TERM  # before the time limit: the run saves and ends; also when the job is put back
+trap 'touch stop; told=1' TERM  # before the time limit: the run finishes its step, saves, ends; also when the job is put back
 srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=16 --ntasks=2 --export=ALL --kill-on-bad-exit=1 --wait=60 --no-kill \
 bash -c 'cd /home/me/rlprm || exit 1
 set -e
@@ -185,6 +185,7 @@ def test_a_job_that_is_gone_is_lost(programs: Path, tmp_path: Path, monkeypatch:
     ):
         watched.code()
     program(tmp_path, "scontrol", "echo Unable to contact slurm controller >&2; exit 1")
+    assert slurm.status(made, cluster()).state == "unknown"  # it cannot be asked now
     monkeypatch.setattr(slurm, "SILENT_S", -1.0)
     with pytest.raises(WorkerLost, match="gives no answer about job 7"):
         slurm.Watched(made, 0.0, lambda sentence: None, Wishes()).over()

@@ -88,7 +88,7 @@ def test_an_alarm_saves_first_and_the_next_run_knows_of_it(run: Run, tmp_path: P
 def test_a_wish_to_end_saves_first(run: Run) -> None:
     run.checkpoints.save(2)
     run.stopping.asked = True
-    with pytest.raises(Stopped, match="^stopped after step 3, which is saved$"):
+    with pytest.raises(Stopped, match=r"^stopped after step 3, which is saved$"):
         run.checkpoints.save(3)
     assert saved(run) == ["step_000003"]
     with pytest.raises(Stopped, match="step 10"):

@@ -95,7 +95,7 @@ class Placed(Seating):
     def node(self, number: int) -> Node:
         return NODES[number]
 
-    def preview(self, placement: Any, own_engines: int) -> Seats:
+    def preview(self, placement: Any, own_engines: int, *, prm: bool) -> Seats:
         return Seats(policy=(0, 1), prm=(0,), engines=(1,), own_engines=())
 
 
