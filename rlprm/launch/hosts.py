@@ -239,7 +239,8 @@ def _until_the_end(found: Task, links: Sequence[Link], wishes: Wishes, say: Say)
             links[0].tell(STOP_LINE)
             told = time.monotonic()
         if told is None:
-            for link in links[1:]:
+            # the others leave when the run has ended, while the head still puts Ray away
+            for link in links[1:] if task.exit_code(found.path) is None else ():
                 link.renew(say)
         elif wishes.hard or time.monotonic() - told > HEAD_GRACE_S:
             say("the connections are closed: " + ("asked twice" if wishes.hard else "the run did not end in time"))
