@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ import pytest
 from rlprm.cli import main as cli
 from rlprm.errors import ConfigError, Stopped
 from rlprm.run.stopping import Stopping, sigterm_interrupts
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_listens() -> Iterator[None]:
+    """A Ray that ran in this process has left its own handler, which would be what SIGTERM did before."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_first_asks_and_is_said_once_the_second_ends_at_once() -> None:
