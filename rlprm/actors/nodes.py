@@ -109,10 +109,11 @@ def on_each(
         for node in asked
     ]
     ray.wait(references, num_returns=len(references), timeout=timeout_s)
-    return [_answer(reference, timeout_s) for reference in references]
+    return [answered(reference, timeout_s) for reference in references]
 
 
-def _answer(reference: Any, timeout_s: float) -> Any:
+def answered(reference: Any, timeout_s: float) -> Any:
+    """What a reference holds, or why it holds nothing; it was waited for already."""
     try:
         return ray.get(reference, timeout=0.1)
     except GetTimeoutError:

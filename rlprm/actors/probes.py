@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlprm.actors.network import use_own_interface
-from rlprm.actors.nodes import Failed, Node
+from rlprm.actors.nodes import Failed, Node, answered
 from rlprm.doctor.reduction import Meeting, measure
 
 ROUNDS = 5  # of asking for the time; the quickest answer says most
@@ -173,14 +172,3 @@ class Probes:
         """End all of them."""
         for actor in self._actors.values():
             ray.kill(actor)
-
-
-def answered(reference: Any, timeout_s: float) -> Any:
-    """What a reference holds, or why it holds nothing; it was waited for already."""
-    try:
-        return ray.get(reference, timeout=0.1)
-    except GetTimeoutError:
-        return Failed(reason=f"no answer within {timeout_s:.0f} s")
-    except RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Failed(reason=lines[-1] if lines else type(error).__name__)
